@@ -27,6 +27,7 @@ from pyvmm.spec.virtio import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Protocol
 
     from pyvmm.memory import GuestMemory
@@ -89,6 +90,22 @@ class RingFormat:
         :param old, new: where the used descriptors ended before the back-end's latest batch, and
             where with it. They may be any value.
         :returns: None if they make no sense.
+        """
+        raise NotImplementedError
+
+    def undo(
+        self,
+        memory: GuestMemory,
+        ring: Placed,
+        begin: int,
+        overwritten: Iterable[tuple[int, int, int, int]],
+    ) -> None:
+        """Put back what a batch has overwritten that a back-end, now dead, has not published. Does
+        nothing if the batch was published.
+
+        :param begin: where the batch begins, as ``old`` of ``from_notes``. :param overwritten: of
+            each of its chains, in order: the slots, and the first descriptor's length, buffer id
+            and flags. All may be any values.
         """
         raise NotImplementedError
 
@@ -156,6 +173,15 @@ class SplitFormat(RingFormat):
     def from_notes(self, memory: GuestMemory, ring: Placed, old: int, new: int) -> int | None:
         """Not needed."""
         return self.returned(memory, ring)
+
+    def undo(
+        self,
+        memory: GuestMemory,
+        ring: Placed,
+        begin: int,
+        overwritten: Iterable[tuple[int, int, int, int]],
+    ) -> None:
+        """Not needed: a used element that was not published is nothing to the next owner."""
 
     def held(self, memory: GuestMemory, ring: Placed, base: int) -> int:
         """By the used index."""
@@ -230,6 +256,27 @@ class PackedFormat(RingFormat):
             if not available(int.from_bytes(flags, "little"), wrap=at < ring.size):
                 old = new
         return old | old << 16
+
+    def undo(
+        self,
+        memory: GuestMemory,
+        ring: Placed,
+        begin: int,
+        overwritten: Iterable[tuple[int, int, int, int]],
+    ) -> None:
+        """A used descriptor takes the place of the available one. The next owner would take it for
+        the end of what is available, and the driver would wait for it for ever.
+        """
+        at = _place(begin, ring.size)
+        if at is None:
+            return
+        flags = memory.read(ring.desc + 16 * (begin & 0x7FFF) + 14, 2)
+        if not available(int.from_bytes(flags, "little"), wrap=at < ring.size):
+            return
+        for slots, *fields in overwritten:
+            half = struct.pack("<IHH", *fields)
+            memory.write(ring.desc + 16 * (at % ring.size) + 8, half)
+            at += slots
 
     def held(self, memory: GuestMemory, ring: Placed, base: int) -> int:
         """By the two halves of the position; in descriptors."""

@@ -128,8 +128,11 @@ VHOST_USER_BACKEND_SHMEM_UNMAP = 10
 INFLIGHT_REGION = "<QHHHH"  # features, version, desc_num, last_batch_head, used_idx
 INFLIGHT_DESC = "<B5xHQ"  # inflight, next, counter
 #: QueueRegionPacked: features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx,
-#: used_wrap_counter, old_used_wrap_counter; and how many bytes come before the descriptors.
+#: used_wrap_counter, old_used_wrap_counter; in its padding what our back-end adds
+#: (cext/inflight.h): how many descriptors hold what its latest batch has overwritten, and where
+#: that batch begins; and how many bytes come before the descriptors.
 INFLIGHT_PACKED_HEAD = "<QHHHHHHBB"
+INFLIGHT_PACKED_SAVED = "<24xHH"
 INFLIGHT_PACKED_HEAD_SIZE = 32
 #: DescStatePacked: inflight, next, last, num, counter, id, flags, len, addr.
 INFLIGHT_PACKED_DESC = "<BxHHHQHHIQ"

@@ -160,6 +160,7 @@ class VhostUserDevice:
         agreed = rings.acked, rings.memory, rings.size
         if s.prepared != agreed:
             if s.prepared is not None:
+                rings.undo()
                 rings.forget_inflight()  # the file is for rings of another size
             self._introduce(s, *agreed)
         s.prepared = None
@@ -321,6 +322,7 @@ class VhostUserDevice:
             lost, self._lost = self._lost, None
             if lost is None and not bases:
                 bases = self._rings.from_used()
+                self._rings.undo()
             self._rings.rest()
             self._required = 0
             self._history.served()

@@ -97,12 +97,28 @@ class RingSet:
             )
         return at
 
+    def undo(self) -> None:
+        """Put back what a back-end that is gone has overwritten in the rings and not published. For
+        a next owner who does not know the notes; a back-end that gets them does so itself, and
+        knows better whether its predecessor has published the batch since.
+        """
+        if self.inflight is None or not self._served:
+            return
+        for ring in self.rings:
+            places = self.inflight.places(ring.index, ring.size)
+            if places is None or ring.format.returned(self.memory, ring) is not None:
+                continue
+            begin, overwritten = self.inflight.overwritten(ring.index, ring.size)
+            if begin == places[0]:  # else it is of an earlier batch
+                ring.format.undo(self.memory, ring, begin, overwritten)
+
     # --- with a back-end --------------------------------------------------------------------------
 
     def share_inflight(self, s: Session, size: int) -> None:
         """Have the back-end note chains in the file of its predecessor, or in a new one."""
         file = s.share_inflight(self.inflight, len(self.errs), size)
         if file is not self.inflight:
+            self.undo()
             self.forget_inflight()
             self.inflight = file
 

@@ -117,22 +117,46 @@ class InflightFile:
         :param index, size: of the ring. :returns: None if there are no notes of it. Nothing that
             is read is to be trusted.
         """
-        length, offset, queues, _ = struct.unpack(spec.INFLIGHT, self.description)
+        head = self._read(index, 0, spec.INFLIGHT_PACKED_HEAD_SIZE)
+        if head is None:
+            return None
+        _, version, entries, _, _, *parts = struct.unpack_from(spec.INFLIGHT_PACKED_HEAD, head)
+        if version != spec.INFLIGHT_VERSION or entries != size:
+            return None
+        used, old, wrap, old_wrap = parts
+        return old & 0x7FFF | (old_wrap & 1) << 15, used & 0x7FFF | (wrap & 1) << 15
+
+    def overwritten(self, index: int, size: int) -> tuple[int, list[tuple[int, int, int, int]]]:
+        """What a batch of our back-end's that may not have been published has overwritten in a
+        packed ring of which there are ``places``; nothing, if another back-end has kept the notes.
+
+        :returns: where the batch begins, as ``places``; and of each chain of the batch its slots,
+            and its first descriptor's length, buffer id and flags. Nothing that is read is to be
+            trusted.
+        """
+        head = self._read(index, 0, spec.INFLIGHT_PACKED_HEAD_SIZE)
+        count, begin = struct.unpack_from(spec.INFLIGHT_PACKED_SAVED, head) if head else (0, 0)
+        entry = struct.calcsize(spec.INFLIGHT_PACKED_DESC)
+        length = entry * min(count, size)
+        saved = self._read(index, spec.INFLIGHT_PACKED_HEAD_SIZE, length) or b""
+        out = []
+        for one in struct.iter_unpack(spec.INFLIGHT_PACKED_DESC, saved):
+            _, _, _, slots, _, ident, flags, written, _ = one
+            out.append((slots, written, ident, flags))
+        return begin, out
+
+    def _read(self, index: int, at: int, length: int) -> bytes | None:
+        """Bytes of the notes of a ring; None if they are not there."""
+        size, offset, queues, _ = struct.unpack(spec.INFLIGHT, self.description)
         path = f"/proc/self/fd/{self.fd.fileno()}"
         try:
             # No other file is read: it could keep us waiting.
             if index >= queues or not os.readlink(path).startswith("/memfd:"):  # noqa: PTH115
                 return None
-            at = offset + index * (length // queues)
-            length = struct.calcsize(spec.INFLIGHT_PACKED_HEAD)
-            head = os.pread(self.fd.fileno(), length, at)
-            _, version, entries, _, _, *parts = struct.unpack(spec.INFLIGHT_PACKED_HEAD, head)
-        except (OSError, OverflowError, struct.error):
+            data = os.pread(self.fd.fileno(), length, offset + index * (size // queues) + at)
+        except (OSError, OverflowError):
             return None
-        if version != spec.INFLIGHT_VERSION or entries != size:
-            return None
-        used, old, wrap, old_wrap = parts
-        return old & 0x7FFF | (old_wrap & 1) << 15, used & 0x7FFF | (wrap & 1) << 15
+        return data if len(data) == length else None
 
     def close(self) -> None:
         """Close the file, and with it the notes."""

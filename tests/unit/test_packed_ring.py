@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,8 +19,10 @@ from pyvmm.conformance.driver import PackedRing, Ring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat, available
 from pyvmm.errors import RingFault
+from pyvmm.fd import memfd
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
+from pyvmm.vhostuser.session import InflightFile
 from pyvmm.virtio.queue import ServedQueue
 from tests.driver import Cable, Events, NetDriver, bits, wait_for
 
@@ -626,4 +629,53 @@ def test_a_killed_receiver_s_batch_counts_if_it_was_published(memory: GuestMemor
     for bad in (0x8008, 0x7FFF):
         assert PACKED.from_notes(memory, vring, bad, new) is None
         assert PACKED.from_notes(memory, vring, old, bad) is None
+    ring.close()
+
+
+@pytest.mark.parametrize(
+    ("begin", "published", "undone"),
+    [(0x8006, False, True), (0x8006, True, False), (0x6, False, False), (0x8008, False, False)],
+    ids=["not published", "published", "another lap", "outside"],
+)
+def test_what_a_killed_receiver_has_overwritten_is_put_back(
+    memory: GuestMemory, begin: int, published: bool, undone: bool
+) -> None:
+    """By the front-end, for whoever serves the ring next; the batch goes round the ring's end."""
+    ring = PackedRing(memory, SIZE, RING, start=place(6, 1))
+    for length in (16, 17, 18):
+        ring.add([(BUFFER, length, True)] * 2)
+    ring.publish()
+    before = memory.read(RING, 16 * SIZE)
+    saved = []
+    for at, used in ((6, AVAIL | USED), (0, 0), (2, 0)):
+        entry = memory.read(RING + 16 * at, 16)
+        saved.append((2, *struct.unpack("<8xIHH", entry)))
+        half = struct.pack("<IH", 7, 99)
+        memory.write(RING + 16 * at + 8, half)
+        if at != 6 or published:
+            memory.write(RING + 16 * at + 14, used.to_bytes(2, "little"))
+    now = memory.read(RING, 16 * SIZE)
+    PACKED.undo(memory, ring.vring(), begin, saved)
+    assert memory.read(RING, 16 * SIZE) == (before if undone else now)
+    ring.close()
+
+
+def test_notes_of_overwritten_descriptors_may_be_any_bytes(memory: GuestMemory) -> None:
+    """A hostile back-end's: nothing outside of the ring is written."""
+    length = spec.INFLIGHT_PACKED_HEAD_SIZE + 32 * SIZE
+    fd = memfd("notes", 2 * length)
+    notes = InflightFile(fd, struct.pack(spec.INFLIGHT, 2 * length, 0, 2, SIZE))
+    ring = PackedRing(memory, SIZE, RING)
+    for pattern in (b"\xff", bytes(range(1, 256)), b"\x80\x01\0"):
+        data = (pattern * length)[:length]
+        os.pwrite(fd.fileno(), data, length)
+        begin, overwritten = notes.overwritten(1, SIZE)
+        assert begin == int.from_bytes(data[26:28], "little") and len(overwritten) == SIZE
+        posted = (b"\0" * 14 + AVAIL.to_bytes(2, "little")) * SIZE
+        memory.write(RING - 4096, bytes(4096) + posted + bytes(4096))
+        PACKED.undo(memory, ring.vring(), 0x8000, overwritten)
+        assert memory.read(RING, 16 * SIZE) != posted
+        assert memory.read(RING - 4096, 4096) == memory.read(RING + 16 * SIZE, 4096) == bytes(4096)
+    assert notes.overwritten(0, SIZE) == (0, []) == notes.overwritten(2, SIZE)
+    notes.close()
     ring.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -26,8 +27,10 @@ from pyvmm.backend.memory import MemoryTable
 from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import PythonPort, SocketPort, joined_ports, loop_port, sink_port
 from pyvmm.backend.server import Backend
+from pyvmm.conformance.driver import PackedRing
 from pyvmm.conformance.probe import Probe
 from pyvmm.datapath.base import Vring
+from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.errors import VhostUserError
 from pyvmm.hostnet.frames import rarp
@@ -39,7 +42,7 @@ from pyvmm.vhostuser.connect import Connector, ListeningConnector
 from pyvmm.vhostuser.wire import Channel, Listener, Message, ProtocolError, TimedOut
 from tests.boot.seqnet import build, datagram
 from tests.descriptors import open_fds
-from tests.driver import Events, NetDriver, bits, wait_for
+from tests.driver import Cable, Events, NetDriver, bits, wait_for
 from tests.vu_fake import HOSTILE, Fake, raw
 
 if TYPE_CHECKING:
@@ -778,6 +781,77 @@ def test_without_notes_the_driver_of_packed_rings_has_to_reset(path: str) -> Non
         guest.driver.send(frame(2))
         assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
         assert len(guest.faults) == 1
+
+
+def stop_in_a_batch(process: subprocess.Popen[bytes], guest: Guest, near: socket.socket) -> None:
+    """SIGSTOP a back-end of packed rings while it has received frames that it has not published."""
+    rx = guest.driver.rx
+    assert isinstance(rx, PackedRing)
+    dice, end = random.Random(1), time.monotonic() + PATIENCE
+    while True:
+        assert time.monotonic() < end
+        with suppress(BlockingIOError):
+            while True:
+                near.send(bytes(12) + frame(0))
+        process.send_signal(signal.SIGCONT)
+        time.sleep(dice.random() / 1000)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all its threads, also the worker's
+        guest.driver.poll()
+        if rx._is_used(rx._forward(rx._taken, 1)) and not rx._is_used(rx._taken):
+            return
+
+
+def receive_all(guest: Guest, near: socket.socket) -> None:
+    """Frames come again and again round the whole receive ring."""
+    del guest.driver.received[:]
+    sent = [bytes(10) + b"\1\0" + frame(n, 1400) for n in range(3 * guest.driver.rx.size)]
+    for n, packet in enumerate(sent, 1):
+        near.send(packet)
+        assert len(guest.driver.wait_packets(n, PATIENCE)) == n
+    assert guest.driver.received == sent and not guest.faults
+
+
+@pytest.mark.parametrize("heir", ["emulated", "without notes", "with notes", "itself"])
+def test_a_back_end_that_ends_in_a_batch_leaves_a_whole_ring(path: str, heir: str) -> None:
+    """Used descriptors of a packed ring take the place of available ones. The notes have what was
+    there; a data path that does not know these notes finds the ring as the driver has left it. A
+    back-end that was merely disconnected ends its batch, and goes on.
+    """
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far, ExitStack() as stack:
+        for s in (near, far):
+            s.setblocking(False)
+        killer = stack.enter_context(ExitStack())
+        process = killer.enter_context(child(path, far))
+        guest = stack.enter_context(Guest(path, acked=ALL | RING_PACKED))
+        guest.start()
+        stop_in_a_batch(process, guest, near)
+        if heir == "itself":
+            guest.path.drop()
+        else:
+            killer.close()
+        assert wait_for(lambda: not guest.path.connected, PATIENCE)
+        with suppress(BlockingIOError):  # what nobody has read
+            while True:
+                far.recv(4096)
+        if heir == "emulated":
+            cable = Cable()
+            stack.callback(cable.close)
+            net = EmulatedNet(cable)
+            stack.callback(net.close)
+            rings = zip(guest.driver.rings, guest.path.stop(), strict=True)
+            vrings = [ring.vring(base) for ring, base in rings]
+            net.start(guest.acked, guest.memory, vrings, guest.events)
+            receive_all(guest, cable.far)
+            return
+        if heir == "itself":
+            process.send_signal(signal.SIGCONT)
+        else:
+            killer.enter_context(child(path, far, ~INFLIGHT if heir == "without notes" else -1))
+        assert guest.connected(2), guest.path.problems
+        guest.driver.poll()
+        receive_all(guest, near)
 
 
 def test_a_kill_is_noticed_at_once(path: str) -> None:
