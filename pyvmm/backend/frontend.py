@@ -134,6 +134,7 @@ class FrontendRing:
         self.call: Fd | None = None
         self.err: Fd | None = None
         self.enabled = False
+        self._caught_up = False
         self.forget()
 
     def forget(self) -> None:
@@ -151,6 +152,15 @@ class FrontendRing:
         setattr(self, name, None if fd is None else Fd(fd))
         if old is not None:
             old.close()
+
+    def catch_up(self) -> None:
+        """Interrupt the guest once per connection, before the ring is served. The back-end before
+        us may have been killed when it had returned chains and not signalled yet. The guest waits
+        for that interrupt, and no other may come, because no chain is left in the ring.
+        """
+        if self.call is not None and not self._caught_up:
+            self._caught_up = True
+            nudge(self.call.fileno())
 
     @property
     def ready(self) -> bool:
@@ -243,6 +253,8 @@ class Frontend:
         if self._must_log and ready and not self._can_log():
             ready = []
         vrings = [self._vring(ring) for ring in ready]
+        for ring in ready:
+            ring.catch_up()
         if vrings:
             self.service.start(self.acked, self.memory, vrings, self)
             self._served = ready

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import socket
 import struct
@@ -33,6 +34,7 @@ from pyvmm.datapath.base import Vring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.errors import VhostUserError
+from pyvmm.fd import EventFd
 from pyvmm.hostnet.frames import rarp
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Tap
@@ -852,6 +854,33 @@ def test_a_back_end_that_ends_in_a_batch_leaves_a_whole_ring(path: str, heir: st
         assert guest.connected(2), guest.path.problems
         guest.driver.poll()
         receive_all(guest, near)
+
+
+@pytest.mark.parametrize("acked", [ALL, ALL | RING_PACKED], ids=["split", "packed"])
+def test_what_a_dead_back_end_has_not_signalled_is_signalled(path: str, acked: int) -> None:
+    """It was killed between the return of chains and their interrupt. The driver waits for that
+    interrupt, and gives the next back-end nothing to do: no return of a chain brings another one.
+    """
+    with Running(path), Guest(path, acked=acked) as guest:
+        driver, lost = guest.driver, EventFd()
+        vrings = [ring.vring() for ring in driver.rings]
+        for vring in vrings:
+            vring.call = lost
+        guest.path.start(guest.acked, guest.memory, vrings, guest.events)
+        for ring in driver.rings:
+            ring.enable_interrupts()
+        driver.send(frame(1))
+        assert wait_for(lambda: driver.tx.outstanding == 0, PATIENCE)
+        assert len(arrived(driver, 1)) == 1 and lost.drain()
+        bases = guest.path.stop()
+        guest.path.close()
+        guest.path = front_end(path, mac=MAC, timeout=PATIENCE)  # of QEMU's manners: it just starts
+        guest.start(bases)
+        for ring in driver.rings:
+            assert select.select([ring.call_fd.fileno()], [], [], PATIENCE)[0]
+            ring.call_fd.drain()
+        echo(guest, range(2, 5))
+        lost.close()
 
 
 def test_a_kill_is_noticed_at_once(path: str) -> None:
