@@ -1964,7 +1964,9 @@ static bool cable_work(struct pv_net_worker *w)
 		return true;
 	if (!rx_possible(w))
 		return false;
-	return w->rx_waiting ? pv_vring_pending(&w->ring[RX]) : w->rx_ready || rx_is_due(w);
+	if (w->rx_waiting)
+		return !w->held_kick[RX] && pv_vring_pending(&w->ring[RX]);
+	return w->rx_ready || rx_is_due(w);
 }
 
 /*

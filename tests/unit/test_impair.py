@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -867,6 +868,41 @@ def test_a_kick_is_overlooked_for_a_while() -> None:
                 assert time.monotonic() - begin >= 0.2
                 return
         pytest.fail("no kick was held")
+
+
+def test_a_worker_on_a_cable_sleeps_while_a_kick_is_held() -> None:
+    """Also if it is told to look for work first: it may not take what it would find."""
+    point, port = ImpairPoint(), loop_port(1)
+    with Rig(ALL, port=port, impair=point, fill=False, poll_us=1000) as rig:
+        point.set(of_text(["rx hold-kick=60s"]), 1)
+        rig.start()
+        (worker,) = rig.path.workers()
+
+        def sleeps() -> bool:
+            stat = Path(f"/proc/self/task/{worker['tid']}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] == "S"
+
+        for i in range(100):
+            rig.driver.send(frame(i))
+            assert wait_for(lambda n=i: rig.counter("rx_waits") > n and rig.driver.rx.asked)  # type: ignore[misc]
+            assert wait_for(sleeps)
+            rig.driver.fill(1)
+            if wait_for(lambda: point.counters().get("rx_fault_hold_kick"), 0.1):
+                break
+            rig.driver.poll(refill=False)
+        else:
+            pytest.fail("no kick was held")
+        if rig.driver.rx.returned > i:  # the worker was awake, and has seen the kick only now
+            waits = rig.counter("rx_waits")
+            rig.driver.send(frame(i + 1))
+            assert wait_for(lambda: rig.counter("rx_waits") > waits)
+            rig.driver.fill(1, kick=False)
+        returned = rig.driver.rx.returned
+        assert wait_for(sleeps)
+        assert rig.driver.rx.returned == returned
+        rig.path.close()
+    port.close()
+    point.close()
 
 
 # --- a card ---------------------------------------------------------------------------------------
