@@ -19,7 +19,7 @@ import pytest
 from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import SocketPort, joined_ports, loop_port
 from pyvmm.datapath.cable import CableEnd, cables
-from pyvmm.datapath.ringformat import PACKED, RingFormat
+from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat
 from pyvmm.hostnet.frames import rarp
 from pyvmm.spec import vhost_user as spec
 from tests.driver import wait_for
@@ -104,6 +104,30 @@ def test_frames_pass_both_ways_in_order(acked: int, near_wrap: bool, form: RingF
             assert c["rx_bytes"] == c["tx_bytes"] == sum(map(len, sent[0]))
             assert c["rx_csum_none"] == c["tx_csum_none"] == 600
             assert c["tx_batches"] < 300 and c["fd_reads"] == c["fd_writes"] == 0
+            assert not rig.faults
+
+
+@pytest.mark.parametrize("size", [1, 2, 32768])
+def test_bursts_go_round_rings_of_any_size(size: int, form: RingFormat) -> None:
+    """From shortly before the end of the largest: a burst may not go beyond the ring."""
+    start, dice, sent = form.start, random.Random(size), 0
+    if size == 32768:
+        start = 65530 if form is SPLIT else (1 << 15 | 32760) * 0x10001
+    with joined(size=size, start=start, rx_buffers=min(size, 256)) as (near, far):
+        near.start()
+        far.start()
+        while sent < 300:
+            near.driver.tx.take_used()
+            count = min(near.driver.tx.room, 300 - sent, dice.choice((1, 2, 5, 40)))
+            if count:
+                near.driver.send(*[frame(sent + i, 60 + (sent + i) % 700) for i in range(count)])
+                sent += count
+            far.driver.poll()
+        packets = far.driver.wait_packets(300, PATIENCE)
+        assert [p[12:] for p in packets] == [frame(i, 60 + i % 700) for i in range(300)]
+        assert wait_for(lambda: near.driver.tx.outstanding == 0)
+        for rig in (near, far):
+            assert rig.path.stop() == [ring.position for ring in rig.driver.rings]
             assert not rig.faults
 
 
