@@ -6,8 +6,9 @@
 
 #include "impair.h"
 
-#define WAYS 2
-#define NONE UINT32_MAX
+#define WAYS	 2
+#define TRANSMIT 1
+#define NONE	 UINT32_MAX
 /* How long a frame that is to be reordered waits for another. */
 #define REORDER_NS 10000000u
 /* The worker looks at one frame at most until it has let go of the rules. */
@@ -15,8 +16,11 @@
 #define ETH_HEADER 14
 #define LEGACY_HDR 10 /* struct virtio_net_hdr */
 
-/* The chances of a rule, each with a count of its own. */
-enum { CHANCE, LOSS, DUPLICATE, REORDER, CORRUPT, EXTRA_IRQ, CHANCES };
+/*
+ * The chances of a rule, each with a count of its own. Those before DRAWN have a random number of
+ * their own, too.
+ */
+enum { CHANCE, LOSS, DUPLICATE, REORDER, CORRUPT, EXTRA_IRQ, DRAWN, CUT = DRAWN, USED, CHANCES };
 
 /* Of a rule and a way. */
 struct state {
@@ -39,6 +43,7 @@ struct rules {
 	uint64_t begun;
 	uint32_t count;
 	uint32_t ways; /* for whose frames there is a rule, as bits */
+	uint32_t used; /* for whose used entries there is one */
 	struct rule rule[];
 };
 
@@ -72,6 +77,7 @@ struct pv_impair {
 	struct rules *next;  /* prepared */
 	struct rules *kept;  /* a worker that was stopped may use them */
 	uint32_t ways;	     /* atomic: for whose frames there is a rule, as bits */
+	uint32_t used;	     /* atomic: for whose used entries there is one */
 	bool busy;	     /* atomic: the worker looks at the rules */
 	struct line line[WAYS];
 };
@@ -178,6 +184,8 @@ static struct rules *rules_new(const struct pv_impair_rule *rule, uint32_t count
 		}
 		if (to->r.frames)
 			rules->ways |= to->r.ways;
+		if (to->r.reorder_used.odds | to->r.reorder_used.every)
+			rules->used |= to->r.ways;
 		for (uint32_t way = 0; way < WAYS; way++) {
 			uint64_t mix = pair * 64ull + rules->count * 2ull + way;
 
@@ -236,6 +244,7 @@ int pv_impair_commit(struct pv_impair *im)
 	im->next = NULL;
 	old = __atomic_exchange_n(&im->rules, rules, __ATOMIC_SEQ_CST);
 	__atomic_store_n(&im->ways, rules ? rules->ways : 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&im->used, rules ? rules->used : 0, __ATOMIC_RELAXED);
 	if (old) {
 		old->older = im->kept;
 		im->kept = old;
@@ -506,24 +515,48 @@ static void make_checksum(struct line *l, uint32_t f)
 	*byte_at(l, f, at + 1) = (uint8_t)sum;
 }
 
+/*
+ * Have nobody vouch for a frame that waits, for nobody has seen it as it is going to be. False: it
+ * is to be segmented.
+ */
+static bool vouch_no_more(struct line *l, uint32_t f)
+{
+	uint8_t *flags = byte_at(l, f, offsetof(struct virtio_net_hdr, flags));
+
+	if (l->frame[f].hdr_len < LEGACY_HDR)
+		return true;
+	if (*byte_at(l, f, offsetof(struct virtio_net_hdr, gso_type)))
+		return false;
+	if (*flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)
+		make_checksum(l, f);
+	*flags &= (uint8_t) ~(VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID);
+	return true;
+}
+
+/* Cut a frame that waits short, to keep bytes or a random number. False: it is left alone. */
+static bool cut(struct line *l, uint32_t f, int way, uint64_t keep, uint64_t random)
+{
+	struct waiting *w = &l->frame[f];
+	uint64_t least = way == TRANSMIT ? ETH_HEADER : 0, len = w->len - w->hdr_len;
+
+	if (keep == UINT64_MAX)
+		keep = len > least ? least + random % (len - least) : len;
+	else if (keep < least)
+		keep = least;
+	if (keep >= len || !vouch_no_more(l, f))
+		return false;
+	w->len = w->hdr_len + (uint32_t)keep; /* blocks behind the end stay the frame's */
+	return true;
+}
+
 /* Turn over a bit of a frame that waits. False: it is left alone. */
 static bool corrupt(struct line *l, uint32_t f, uint64_t random)
 {
 	const struct waiting *w = &l->frame[f];
 	uint32_t begin = w->hdr_len + ETH_HEADER;
 
-	if (w->len <= begin)
+	if (w->len <= begin || !vouch_no_more(l, f))
 		return false;
-	if (w->hdr_len >= LEGACY_HDR) {
-		uint8_t *flags = byte_at(l, f, offsetof(struct virtio_net_hdr, flags));
-
-		if (*byte_at(l, f, offsetof(struct virtio_net_hdr, gso_type)))
-			return false;
-		if (*flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)
-			make_checksum(l, f);
-		/* Nobody has seen the frame as it is now. */
-		*flags &= (uint8_t) ~(VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID);
-	}
 	begin += (uint32_t)((random >> 3) % (w->len - begin));
 	*byte_at(l, f, begin) ^= (uint8_t)(1u << (random & 7));
 	return true;
@@ -629,6 +662,8 @@ struct wish {
 	uint32_t copies;
 	uint32_t bits; /* to turn over */
 	uint64_t random[PV_IMPAIR_RULES];
+	uint64_t keep;	     /* of a frame that is cut short: UINT64_MAX: a random number */
+	uint64_t cut_random; /* which is this */
 	uint64_t due;
 };
 
@@ -666,11 +701,12 @@ static void ask(struct rule *rule, int way, const struct line *l, const struct p
 {
 	const struct pv_impair_rule *r = &rule->r;
 	struct state *s = &rule->state[way];
-	uint64_t random[CHANCES + 1];
-	uint64_t wait;
+	uint64_t random[DRAWN + 1];
+	uint64_t wait, more;
 
-	for (int i = 0; i <= CHANCES; i++)
+	for (int i = 0; i <= DRAWN; i++)
 		random[i] = draw(&s->random);
+	more = random[CHANCE]; /* of which others follow, so that a rule draws as many as ever */
 	if (!happens(s, CHANCE, &r->chance, random[CHANCE]))
 		return;
 	if (happens(s, LOSS, &r->loss, random[LOSS])) {
@@ -687,6 +723,11 @@ static void ask(struct rule *rule, int way, const struct line *l, const struct p
 		w->deeds |= PV_DEED_CORRUPT;
 		w->random[w->bits++] = random[EXTRA_IRQ];
 	}
+	if (happens(s, CUT, &r->truncate, draw(&more))) {
+		w->deeds |= PV_DEED_TRUNCATE;
+		w->keep = r->keep;
+		w->cut_random = draw(&more);
+	}
 	if ((r->delay_ns || r->jitter_ns || r->rate) && r->queue && l->count >= r->queue) {
 		w->deeds |= PV_DEED_FULL;
 		return;
@@ -699,8 +740,7 @@ static void ask(struct rule *rule, int way, const struct line *l, const struct p
 	}
 	wait = r->delay_ns;
 	if (r->jitter_ns) {
-		uint64_t other =
-			random[CHANCES] % (2 * r->jitter_ns + 1); /* 0 to twice the jitter */
+		uint64_t other = random[DRAWN] % (2 * r->jitter_ns + 1); /* 0 to twice the jitter */
 
 		wait = wait + other > r->jitter_ns ? wait + other - r->jitter_ns : 0;
 	}
@@ -727,16 +767,23 @@ static void count_deeds(struct pv_impair_counters *c, uint32_t deeds)
 		add(&c->rate, 1);
 	if (deeds & PV_DEED_FULL)
 		add(&c->full, 1);
+	if (deeds & PV_DEED_TRUNCATE)
+		add(&c->truncate, 1);
 }
 
 /* Have a copy of a frame wait. False: there is no room. */
-static bool wait_copy(struct line *l, const struct pv_impair_frame *f, struct wish *w, uint64_t now)
+static bool wait_copy(struct line *l, int way, const struct pv_impair_frame *f, struct wish *w,
+		      uint64_t now)
 {
 	uint32_t n = copy(l, f), turned = 0;
 	bool swap = w->deeds & PV_DEED_REORDER && l->back == NONE;
 
 	if (n == NONE)
 		return false;
+	if (w->deeds & PV_DEED_TRUNCATE && !cut(l, n, way, w->keep, w->cut_random)) {
+		w->deeds &= ~(uint32_t)PV_DEED_TRUNCATE;
+		add(&l->counters.truncate_left, 1);
+	}
 	for (uint32_t i = 0; i < w->bits; i++)
 		turned += corrupt(l, n, w->random[i]);
 	if (w->bits && !turned) {
@@ -775,7 +822,8 @@ static bool wait_copy(struct line *l, const struct pv_impair_frame *f, struct wi
 bool pv_impair_take(struct pv_impair *im, int way, const struct pv_impair_frame *f, bool keep,
 		    uint64_t now, uint32_t *deeds)
 {
-	const uint32_t copied = PV_DEED_REORDER | PV_DEED_CORRUPT | PV_DEED_DELAY | PV_DEED_RATE;
+	const uint32_t copied =
+		PV_DEED_REORDER | PV_DEED_CORRUPT | PV_DEED_TRUNCATE | PV_DEED_DELAY | PV_DEED_RATE;
 	const uint32_t gone = PV_DEED_LOSS | PV_DEED_FULL;
 	struct line *l = &im->line[way];
 	struct wish w = {.due = now};
@@ -809,9 +857,9 @@ bool pv_impair_take(struct pv_impair *im, int way, const struct pv_impair_frame 
 		struct wish more = {.due = w.due};
 
 		if (taken)
-			(void)wait_copy(l, f, &w, now); /* there is room */
+			(void)wait_copy(l, way, f, &w, now); /* there is room */
 		for (; w.copies; w.copies--)
-			if (!wait_copy(l, f, &more, now))
+			if (!wait_copy(l, way, f, &more, now))
 				w.deeds &= ~(uint32_t)PV_DEED_DUPLICATE;
 		if (!taken)
 			back_ends(l, now);
@@ -889,4 +937,57 @@ uint64_t pv_impair_kick(struct pv_impair *im, int way, uint64_t now)
 	}
 	rules_put(im);
 	return at;
+}
+
+/**
+ * pv_impair_used() - Whether a packet's used entries are to come behind those of the next packet
+ * @im:		The object; by the worker, which is done with the packet
+ * @way:	0 receive, 1 transmit
+ * @now:	CLOCK_MONOTONIC in nanoseconds
+ *
+ * The caller tells what came of that by pv_impair_used_done().
+ *
+ * Return: whether they are
+ */
+bool pv_impair_used(struct pv_impair *im, int way, uint64_t now)
+{
+	struct rules *rules;
+	bool found = false;
+
+	if (!(__atomic_load_n(&im->used, __ATOMIC_RELAXED) >> way & 1))
+		return false;
+	rules = rules_get(im);
+	for (uint32_t i = 0; rules && i < rules->count; i++) {
+		struct rule *rule = &rules->rule[i];
+		struct state *s = &rule->state[way];
+		uint64_t first, second;
+
+		if (!(rule->r.reorder_used.odds | rule->r.reorder_used.every) ||
+		    !applies(rules, rule, way, NULL, now))
+			continue;
+		first = draw(&s->random);
+		second = draw(&s->random);
+		if (happens(s, CHANCE, &rule->r.chance, first))
+			found |= happens(s, USED, &rule->r.reorder_used, second);
+	}
+	rules_put(im);
+	return found;
+}
+
+/**
+ * pv_impair_used_done() - Count what came of a packet's used entries
+ * @im:		The object; by the worker
+ * @way:	0 receive, 1 transmit
+ * @deed:	PV_DEED_REORDER_USED, PV_DEED_LATE_USED, or 0: they were left alone
+ */
+void pv_impair_used_done(struct pv_impair *im, int way, uint32_t deed)
+{
+	struct pv_impair_counters *c = &im->line[way].counters;
+
+	if (deed == PV_DEED_REORDER_USED)
+		add(&c->reorder_used, 1);
+	else if (deed == PV_DEED_LATE_USED)
+		add(&c->late_used, 1);
+	else
+		add(&c->reorder_used_left, 1);
 }

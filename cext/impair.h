@@ -26,6 +26,13 @@
  * made, it is made first, so that the receiver notices. For a frame that is to be segmented, this
  * cannot be done: such a frame is left alone and counted.
  *
+ * A frame that is cut short loses its end, from a random byte or a given one on: the used length of
+ * a receive buffer covers no more. The checksum, and a frame that is to be segmented, are treated as
+ * above. On its way to the host, a frame keeps its Ethernet header.
+ *
+ * Of a packet's used entries, pv_impair_used() only says that they are to come behind those of the
+ * next packet. They wait in the worker, which knows what the ring allows (net_worker.h).
+ *
  * A limit of the rate is a token bucket: a frame takes as many tokens as it has bytes, and waits
  * for those that are missing. A frame that is lost, by whichever rule or because it finds no room,
  * takes none, or else a guest that sends too much would slow down what there is room for.
@@ -56,11 +63,14 @@ enum pv_deed {
 	PV_DEED_REORDER = 4,
 	PV_DEED_CORRUPT = 8,
 	PV_DEED_DELAY = 16,
-	PV_DEED_RATE = 32,	 /* waits for tokens */
-	PV_DEED_FULL = 64,	 /* lost, because no more frames may wait */
-	PV_DEED_HOLD_IRQ = 128,	 /* an interrupt waits */
-	PV_DEED_EXTRA_IRQ = 256, /* an interrupt that the driver has not asked for */
-	PV_DEED_HOLD_KICK = 512	 /* a kick waits */
+	PV_DEED_RATE = 32,	     /* waits for tokens */
+	PV_DEED_FULL = 64,	     /* lost, because no more frames may wait */
+	PV_DEED_HOLD_IRQ = 128,	     /* an interrupt waits */
+	PV_DEED_EXTRA_IRQ = 256,     /* an interrupt that the driver has not asked for */
+	PV_DEED_HOLD_KICK = 512,     /* a kick waits */
+	PV_DEED_TRUNCATE = 1024,     /* cut short */
+	PV_DEED_REORDER_USED = 2048, /* used entries came behind those of the next packet */
+	PV_DEED_LATE_USED = 4096     /* used entries waited in vain for a next packet */
 };
 
 /* Whether something happens. Both 0: never. */
@@ -71,7 +81,8 @@ struct pv_chance {
 
 /*
  * A rule. Its conditions are looked at from the first member on to chance. The rules of frames
- * leave the last three members 0, those of kicks and interrupts the members before these.
+ * leave the last four members 0, those of used entries, kicks and interrupts the members before
+ * these.
  */
 struct pv_impair_rule {
 	uint32_t ways; /* bit 0: receive, bit 1: transmit */
@@ -86,6 +97,8 @@ struct pv_impair_rule {
 	struct pv_chance duplicate;
 	struct pv_chance reorder;
 	struct pv_chance corrupt;
+	struct pv_chance truncate;
+	uint64_t keep; /* bytes of the frame that are left then; UINT64_MAX: a random number */
 	uint64_t delay_ns;
 	uint64_t jitter_ns; /* more or less than delay_ns, evenly spread */
 	uint64_t rate;	    /* bits per second; 0: no limit */
@@ -95,6 +108,7 @@ struct pv_impair_rule {
 	uint64_t hold_irq_ns;
 	uint64_t hold_kick_ns;
 	struct pv_chance extra_irq;
+	struct pv_chance reorder_used;
 };
 
 /* Of a way; written by the worker only, read by pv_impair_counters(). */
@@ -112,6 +126,11 @@ struct pv_impair_counters {
 	uint64_t extra_irq;
 	uint64_t hold_kick;
 	uint64_t cleared; /* frames that waited, thrown away by pv_impair_clear() */
+	uint64_t truncate;
+	uint64_t truncate_left;	    /* left alone: to be segmented, or no longer than that */
+	uint64_t reorder_used;	    /* packets whose used entries came behind those of the next */
+	uint64_t late_used;	    /* that waited for a next one until their time was over */
+	uint64_t reorder_used_left; /* left alone: the ring has to keep its order */
 };
 
 struct pv_impair;
@@ -156,5 +175,7 @@ void pv_impair_sent(struct pv_impair *im, int way);
 uint64_t pv_impair_next(const struct pv_impair *im, int way);
 uint64_t pv_impair_interrupt(struct pv_impair *im, int way, uint64_t now, bool wanted);
 uint64_t pv_impair_kick(struct pv_impair *im, int way, uint64_t now);
+bool pv_impair_used(struct pv_impair *im, int way, uint64_t now);
+void pv_impair_used_done(struct pv_impair *im, int way, uint32_t deed);
 
 #endif

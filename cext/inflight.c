@@ -54,14 +54,17 @@ static void split_recover(struct pv_inflight *in)
 	vr->last_avail = vr->avail_idx = used;
 }
 
-static void split_end(struct pv_inflight *in, uint16_t head)
+static void split_end(struct pv_inflight *in, const uint16_t *head, uint32_t n)
 {
 	struct pv_inflight_region *r = in->region;
 
-	__atomic_store_n(&r->desc[head].next, r->last_batch_head, __ATOMIC_RELAXED);
-	__atomic_store_n(&r->last_batch_head, head, __ATOMIC_RELEASE);
+	for (uint32_t i = 0; i < n; i++) {
+		__atomic_store_n(&r->desc[head[i]].next, r->last_batch_head, __ATOMIC_RELAXED);
+		__atomic_store_n(&r->last_batch_head, head[i], __ATOMIC_RELEASE);
+	}
 	pv_vring_publish(in->vr);
-	__atomic_store_n(&r->desc[head].inflight, 0, __ATOMIC_RELEASE);
+	for (uint32_t i = 0; i < n; i++)
+		__atomic_store_n(&r->desc[head[i]].inflight, 0, __ATOMIC_RELEASE);
 	__atomic_store_n(&r->used_idx, in->vr->used_next, __ATOMIC_RELEASE);
 }
 
@@ -271,7 +274,8 @@ void pv_inflight_settle(struct pv_inflight *in)
 /**
  * pv_inflight_begin() - Note that a packet is about to be sent
  * @in:		With a region
- * @chain:	The packet's, taken last; all before it were published
+ * @chain:	The packet's, taken last; all before it were published, but for one if the ring is
+ *		split
  *
  * Return: whether the process before us noted the same and may have sent the packet
  */
@@ -288,10 +292,12 @@ bool pv_inflight_begin(struct pv_inflight *in, const struct pv_chain *chain)
 		again = __atomic_load_n(m.counter, __ATOMIC_RELAXED) != in->taken;
 	if (in->vr->packed)
 		packed_copy(in, chain);
+	if (again) /* what the mark says stays true: we may be killed as well */
+		return true;
 	__atomic_store_n(m.counter, counted ? in->taken : in->order++, __ATOMIC_RELAXED);
 	__atomic_store_n(m.given, counted ? GIVEN_COUNTED : GIVEN, __ATOMIC_RELAXED);
 	__atomic_store_n(m.inflight, 1, __ATOMIC_RELEASE);
-	return again;
+	return false;
 }
 
 /**
@@ -322,18 +328,19 @@ void pv_inflight_push(struct pv_inflight *in, uint16_t head, uint16_t slots, uin
 }
 
 /**
- * pv_inflight_end() - Publish a packet's chain and note that the packet is done
+ * pv_inflight_end() - Publish the chains of packets and note that the packets are done
  * @in:		With a region
- * @chain:	The one that was pushed last
+ * @head:	From the chains that were pushed since the latest publication
+ * @n:		How many: 1; of a split ring, 1 or 2
  *
- * A batch of one packet, with the stores in the order that the specification gives.
+ * A batch, with the stores in the order that the specification gives.
  */
-void pv_inflight_end(struct pv_inflight *in, const struct pv_chain *chain)
+void pv_inflight_end(struct pv_inflight *in, const uint16_t *head, uint32_t n)
 {
 	if (in->vr->packed)
 		packed_end(in);
 	else
-		split_end(in, chain->head);
+		split_end(in, head, n);
 }
 
 /**

@@ -17,7 +17,8 @@
  * Transmits are published one by one, and only for the packet that was in writev() the place does
  * not say whether the packet was sent. So the packet is marked before writev(), and the next
  * process takes a marked packet as sent, unless the counter of the file that took it shows the
- * opposite when that process starts.
+ * opposite when that process starts. With a split ring, whose notes have a mark per chain, two
+ * transmits may be published at once, so that the second is used before the first.
  *
  * Receive chains are never marked: a chain that was taken ahead holds nothing yet.
  *
@@ -120,7 +121,7 @@ void pv_inflight_recover(struct pv_inflight *in);
 bool pv_inflight_begin(struct pv_inflight *in, const struct pv_chain *chain);
 void pv_inflight_cancel(struct pv_inflight *in, const struct pv_chain *chain);
 void pv_inflight_push(struct pv_inflight *in, uint16_t head, uint16_t slots, uint32_t len);
-void pv_inflight_end(struct pv_inflight *in, const struct pv_chain *chain);
+void pv_inflight_end(struct pv_inflight *in, const uint16_t *head, uint32_t n);
 bool pv_inflight_flush(struct pv_inflight *in);
 
 #endif

@@ -55,6 +55,10 @@
 #define LINGER_BULK_US 1000 /* the most after a burst of LINGER_BULK bytes */
 #define LINGER_BULK    (32u << 10)
 
+/* How long used entries wait for those of another packet, and how many of a packet do. */
+#define BACK_NS	 10000000u
+#define BACK_MAX 64
+
 /*
  * Slots of the ring of events, a power of two, and how many of them are kept for what comes once:
  * a fault of each ring, NOT_PINNED, STOPPED and ERROR.
@@ -117,6 +121,18 @@ struct held {
 	uint8_t scratch[SCRATCH_SIZE];
 };
 
+/*
+ * The used entries of a packet that are to come behind those of the next packet. Both are pushed in
+ * one batch then, and what was published is always as many chains as were taken first: so whoever
+ * goes on with the ring, after a kill too, needs no more than the ring's position.
+ */
+struct back {
+	struct pv_done done[BACK_MAX];
+	uint32_t count; /* 0: none waits */
+	uint64_t due;	/* when they wait no more, CLOCK_MONOTONIC in nanoseconds */
+	size_t len;	/* for the trace: of the packet */
+};
+
 /* One writer, the worker, and one reader, pv_net_worker_event(). */
 struct events {
 	struct pv_net_event event[EVENTS];
@@ -169,6 +185,7 @@ struct pv_net_worker {
 	/* Until when an interrupt, or a kick, is held, CLOCK_MONOTONIC in nanoseconds; 0: none. */
 	uint64_t held_irq[2];
 	uint64_t held_kick[2];
+	struct back back[2];
 	bool late; /* on a cable: the frame at hand is one that waited */
 	struct window window;
 	struct held held;
@@ -409,6 +426,76 @@ static void push_burst(struct pv_net_worker *w, int q, const struct pv_done *don
 			pv_inflight_push(&w->inflight[q], done[i].head, done[i].slots, done[i].len);
 }
 
+/*
+ * A packet of ring q, of so many chains, is done. Returns whether its used entries are to wait for
+ * those of the next packet.
+ */
+static bool back_begins(struct pv_net_worker *w, int q, uint32_t chains, size_t len)
+{
+	struct pv_impair *im = impair_of(w);
+	struct back *b = &w->back[q];
+	uint64_t now;
+
+	if (!im)
+		return false;
+	now = pv_now_ns();
+	if (!pv_impair_used(im, q, now) || b->count)
+		return false;
+	/* A packed ring's notes have room for a single packet that is being sent. */
+	if (w->cfg.in_order || chains > BACK_MAX ||
+	    (q == TX && w->inflight[q].region && w->ring[q].packed)) {
+		pv_impair_used_done(im, q, 0);
+		return false;
+	}
+	b->due = now + BACK_NS;
+	b->len = len;
+	return true;
+}
+
+/* Have a chain wait, after back_begins(). */
+static void back_add(struct pv_net_worker *w, int q, uint16_t head, uint16_t slots, uint32_t len)
+{
+	struct back *b = &w->back[q];
+
+	b->done[b->count++] = (struct pv_done){.head = head, .slots = slots, .len = len};
+}
+
+/* Give back the chains that wait, with the next flush: behind another packet's, or too late. */
+static void back_push(struct pv_net_worker *w, int q, uint32_t deed)
+{
+	struct back *b = &w->back[q];
+	struct pv_trace_event e = {.kind = PV_TRACE_FAULT,
+				   .value = b->len,
+				   .reg = (uint32_t)q,
+				   .count = deed,
+				   .size = b->done[0].head,
+				   .region = pv_vring_position(&w->ring[q], w->ring[q].used_next),
+				   .write = true};
+
+	if (!b->count)
+		return;
+	push_burst(w, q, b->done, b->count);
+	b->count = 0;
+	pv_impair_used_done(impair_of(w), q, deed);
+	if (!w->cfg.trace)
+		return;
+	e.ts = pv_now_ns();
+	pv_trace_put(w->cfg.trace, &e);
+}
+
+/* No other packet is waited for any more. */
+static void back_ends(struct pv_net_worker *w, int q)
+{
+	uint16_t head = w->back[q].done[0].head;
+
+	if (!w->back[q].count)
+		return;
+	back_push(w, q, PV_DEED_LATE_USED);
+	if (q == TX && w->inflight[q].region)
+		pv_inflight_end(&w->inflight[q], &head, 1);
+	flush(w, q);
+}
+
 static uint32_t window_chains(const struct window *win)
 {
 	return win->slot_end - win->slot_at;
@@ -444,6 +531,7 @@ static void ring_fault(struct pv_net_worker *w, int q, enum pv_fault fault)
 		rx_abandon(w);
 	else if (impair_of(w))
 		pv_impair_set_passing(impair_of(w), TX, false);
+	back_ends(w, q);
 	flush(w, q);
 	w->ring[q].fault = fault;
 	add(&w->count.ring_faults, 1);
@@ -549,6 +637,8 @@ static uint64_t impair_at(const struct pv_net_worker *w)
 			at = earlier(at, w->held_irq[q]);
 		if (w->held_kick[q])
 			at = earlier(at, w->held_kick[q]);
+		if (w->back[q].count)
+			at = earlier(at, w->back[q].due);
 	}
 	return at;
 }
@@ -652,11 +742,11 @@ static void rx_tunnel(struct pv_net_worker *w)
 
 /*
  * For the trace: a packet of len bytes lies in iov; head and at are those of its first chain, which
- * is to be pushed next.
+ * is to be pushed next, or to come behind another packet's.
  */
 static void trace_packet(struct pv_net_worker *w, int q, const struct iovec *iov, uint32_t niov,
 			 size_t len, uint16_t head, uint16_t at, uint64_t begin, uint64_t end,
-			 bool moved)
+			 bool moved, bool back)
 {
 	const struct pv_vring *vr = &w->ring[q];
 	struct pv_trace *t = w->cfg.trace;
@@ -669,7 +759,7 @@ static void trace_packet(struct pv_net_worker *w, int q, const struct iovec *iov
 		.addr = vr->packed ? 0 : vr->avail_idx,
 		.value = len,
 		.reason = pv_vring_position(vr, at),
-		.region = pv_vring_position(vr, vr->used_next),
+		.region = back ? PV_TRACE_LATER : pv_vring_position(vr, vr->used_next),
 		.reg = (uint32_t)q,
 		.count = niov,
 		.size = head,
@@ -889,6 +979,7 @@ static void rx_hand_over(struct pv_net_worker *w, size_t len)
 	uint32_t segments = 0;
 	uint16_t buffers = 0;
 	uint64_t captured;
+	bool back;
 
 	for (uint32_t i = win->slot_at; left; i++, buffers++) {
 		left -= win->slot[i].len < left ? win->slot[i].len : left;
@@ -907,9 +998,11 @@ static void rx_hand_over(struct pv_net_worker *w, size_t len)
 	if (w->log.bits)
 		window_mark(w, len);
 	rx_count_header(w, len - w->cfg.hdr_len);
+	back = back_begins(w, RX, buffers, len);
 	if (w->cfg.trace)
 		trace_packet(w, RX, window_iov(win), segments, len, win->slot[win->slot_at].head,
-			     win->slot[win->slot_at].at, w->held.read_at, w->held.read_end, true);
+			     win->slot[win->slot_at].at, w->held.read_at, w->held.read_end, true,
+			     back);
 	captured = capture_time(w);
 	if (captured)
 		capture(w, RX, captured, window_iov(win), len);
@@ -917,12 +1010,17 @@ static void rx_hand_over(struct pv_net_worker *w, size_t len)
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;
 
-		push(w, RX, s->head, s->slots, (uint32_t)n);
+		if (back)
+			back_add(w, RX, s->head, s->slots, (uint32_t)n);
+		else
+			push(w, RX, s->head, s->slots, (uint32_t)n);
 		left -= n;
 		win->iov_at += s->niov;
 		win->bytes -= s->len;
 		win->slots -= s->slots;
 	}
+	if (!back) /* together, whatever the number of buffers is (5.1.6.4.1) */
+		back_push(w, RX, PV_DEED_REORDER_USED);
 	if (!window_chains(win))
 		window_clear(win);
 	add(&w->count.rx_packets, 1);
@@ -1199,13 +1297,27 @@ static bool tx_impair(struct pv_net_worker *w, struct pv_impair *im, const struc
 	return taken;
 }
 
-/* The chain at hand is done with: the next is to be decided about. */
-static void tx_gone(struct pv_net_worker *w)
+/*
+ * The chain at hand is done with: give it back, and what was to come behind it, or have it wait.
+ * The next is to be decided about.
+ */
+static void tx_done(struct pv_net_worker *w, const struct pv_chain *c, bool back)
 {
+	struct pv_inflight *in = &w->inflight[TX];
 	struct pv_impair *im = impair_of(w);
+	uint16_t head[2] = {c->head, w->back[TX].done[0].head};
+	uint32_t n = w->back[TX].count ? 2 : 1;
 
 	if (im)
 		pv_impair_set_passing(im, TX, false);
+	if (back) {
+		back_add(w, TX, c->head, c->slots, 0);
+		return;
+	}
+	push(w, TX, c->head, c->slots, 0);
+	back_push(w, TX, PV_DEED_REORDER_USED);
+	if (in->region)
+		pv_inflight_end(in, head, n);
 }
 
 /* Put a frame that has waited into the cable. Returns whether there was room. */
@@ -1266,6 +1378,7 @@ static bool tx_turn(struct pv_net_worker *w)
 		enum pv_step step = tx_take(w, w->tx_iov, &c);
 		enum sent sent = SENT_DROPPED;
 		uint32_t n;
+		bool back;
 
 		if (step == PV_DONE) {
 			more = false;
@@ -1299,13 +1412,11 @@ static bool tx_turn(struct pv_net_worker *w)
 			if (sent == SENT)
 				tx_count(w, w->tx_iov, c.out_len, captured);
 		}
+		back = back_begins(w, TX, 1, c.out_len);
 		if (w->cfg.trace)
 			trace_packet(w, TX, w->tx_iov, c.out_num, c.out_len, c.head, at, sent_at,
-				     pv_now_ns(), sent == SENT);
-		push(w, TX, c.head, c.slots, 0);
-		tx_gone(w);
-		if (w->inflight[TX].region)
-			pv_inflight_end(&w->inflight[TX], &c);
+				     pv_now_ns(), sent == SENT, back);
+		tx_done(w, &c, back);
 		packets++;
 		/* A frame longer than 64 KiB was refused, but counts as work. */
 		n = c.out_len < TURN_BYTES ? (uint32_t)c.out_len : TURN_BYTES;
@@ -1409,7 +1520,7 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 	struct pv_impair *im = impair_way(w, TX);
 	uint64_t captured;
 	uint8_t *to = NULL;
-	bool moved = false;
+	bool moved = false, back;
 
 	if (len > PV_CABLE_FRAME_MAX) {
 		add(&w->count.tx_drop_error, 1);
@@ -1432,13 +1543,11 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 		tx_count(w, iov, c->out_len, captured);
 		moved = true;
 	}
+	back = back_begins(w, TX, 1, c->out_len);
 	if (w->cfg.trace)
 		trace_packet(w, TX, iov, c->out_num, c->out_len, c->head, at, begin, pv_now_ns(),
-			     moved);
-	push(w, TX, c->head, c->slots, 0);
-	tx_gone(w);
-	if (in->region)
-		pv_inflight_end(in, c);
+			     moved, back);
+	tx_done(w, c, back);
 	if (im)
 		tx_late(w); /* what goes behind this frame */
 	return true;
@@ -1513,7 +1622,7 @@ static uint32_t cable_place_burst(struct pv_net_worker *w, uint32_t max, uint32_
 	size_t room = 0;
 
 	if (w->cfg.hdr_len != V1_HDR || w->cfg.trace || w->log.bits || capture_time(w) || w->late ||
-	    impair_way(w, RX))
+	    impair_of(w))
 		return 0;
 	if (max > window_chains(win))
 		max = window_chains(win);
@@ -1786,6 +1895,8 @@ static void impair_round(struct pv_net_worker *w)
 			w->held_kick[q] = 0;
 			w->owed |= q == TX;
 		}
+		if (w->back[q].count && now >= w->back[q].due)
+			back_ends(w, q);
 	}
 	tx_late(w);
 }
@@ -1806,6 +1917,7 @@ static bool net_round(struct pv_net_worker *w)
 
 	/* Only here is it certain that no chain is in our hands. Acquire: answer_fd is there. */
 	if (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) == HOLD_ASKED) {
+		back_ends(w, TX);
 		__atomic_store_n(&w->hold, HOLD_DONE, __ATOMIC_RELEASE);
 		signal_fd(w->answer_fd);
 	}
@@ -2361,6 +2473,7 @@ static void serve_end(struct pv_net_worker *w)
 {
 	rx_abandon(w);
 	for (int q = RX; q <= TX; q++) {
+		back_ends(w, q);
 		if (w->delayed[q].chains)
 			decide(w, q, w->delayed[q].chains);
 		if (w->held_irq[q])

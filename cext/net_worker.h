@@ -35,7 +35,9 @@
  * was taken, and the chain is used at once; a frame for the guest is read into the scratch buffer.
  * Time of what waits ends the worker's sleep. Counters of packets, and captures, are the ring's:
  * they show what the guest has sent and got. Without faults, that costs a load and a branch per
- * packet.
+ * packet. Used entries that are to come behind those of the next packet, if such a rule says so and
+ * the driver has not negotiated IN_ORDER, are kept out of the ring until then, at most for BACK_NS
+ * and never beyond the worker's end: see struct back.
  *
  * With a log (dirty_log.h), the buffers of received frames are marked, as the rings' own areas are.
  *
@@ -168,6 +170,7 @@ struct pv_net_config {
 	 */
 	bool guest_csum;
 	bool mrg_rxbuf;
+	bool in_order;		  /* IN_ORDER: the rings keep their order, whatever is asked for */
 	struct pv_flow_hash hash; /* if hdr_len is 20 or 24 */
 	struct pv_vring_format format;
 	/*

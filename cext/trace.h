@@ -27,13 +27,17 @@ enum pv_trace_kind {
 	PV_TRACE_SEGMENT, /* of the packet: guest-physical address addr, value bytes */
 	/* of the packet: size bytes; the first write bytes of the packet are its virtio_net_hdr */
 	PV_TRACE_BYTES,
-	/* a fault on demand: count has what was done (PV_DEED_*) to a frame of value bytes */
+	/*
+	 * a fault on demand: count has what was done (PV_DEED_*) to a frame of value bytes; write:
+	 * to its used entries: size and region are those of the first one, as of a packet
+	 */
 	PV_TRACE_FAULT
 };
 
 #define PV_TRACE_DATA	  40 /* bytes per PV_TRACE_BYTES */
 #define PV_TRACE_SEGMENTS 4  /* at most so many segments of a packet are traced */
 #define PV_TRACE_HEAD	  80 /* and so many bytes */
+#define PV_TRACE_LATER	  0xffffffffu
 
 /*
  * For PV_TRACE_EXIT, addr, reason, region, reg, size and write are those of struct pv_exit_slot.
@@ -41,8 +45,9 @@ enum pv_trace_kind {
  * found then, reason 1 if there is such a field (split, EVENT_IDX).
  * For PV_TRACE_PACKET, value is its length with the header, size the head (packed: the buffer id),
  * count its segments, reason the position in the available ring and region that in the used ring
- * (packed: of the descriptor, bit 15 the wrap counter), addr the available index as last seen
- * (split), write whether the tap took or gave the packet. One that it did not take has no bytes.
+ * (packed: of the descriptor, bit 15 the wrap counter), PV_TRACE_LATER if the entry is still to
+ * come, with a fault on demand; addr the available index as last seen (split), write whether the
+ * tap took or gave the packet. One that it did not take has no bytes.
  */
 struct pv_trace_event {
 	uint64_t ts; /* CLOCK_MONOTONIC, nanoseconds */

@@ -19,7 +19,8 @@ SEED_MAX = 2**64 - 1
 #: A word that begins a rule -> the ways that the rule is for: bit 0 receive, bit 1 transmit.
 WAYS = {"rx": 1, "tx": 2, "both": 3}
 #: Words that may have a chance, P% or 1/N; without one, the thing always happens.
-CHANCES = ("loss", "duplicate", "reorder", "corrupt", "extra-irq", "chance")
+CHANCES = ("loss", "duplicate", "reorder", "corrupt", "truncate", "reorder-used", "extra-irq",
+           "chance")  # fmt: skip
 #: Seconds, and the most that each word takes.
 TIMES = {
     "delay": 60.0,
@@ -35,11 +36,14 @@ NUMBERS = {
     "count": (1, 2**63 - 1),
     "queue": (1, FRAMES_MAX),
     "burst": (1, 16 << 20),
+    "keep": (0, 65535),
 }
-#: What is done to frames, and to kicks and interrupts.
-OF_FRAMES = ("loss", "duplicate", "reorder", "corrupt", "delay", "jitter", "rate")
-OF_NOTIFICATIONS = ("hold-irq", "hold-kick", "extra-irq")
-WORDS = (*OF_FRAMES, "burst", "queue", *OF_NOTIFICATIONS, "chance", "after", "count", "from",
+#: Words that only say how another one of the rule is meant.
+OF_OTHERS = {"burst": "rate", "keep": "truncate"}
+#: What is done to frames; to kicks and interrupts, and, as it is no frame either, to used entries.
+OF_FRAMES = ("loss", "duplicate", "reorder", "corrupt", "truncate", "delay", "jitter", "rate")
+OF_NOTIFICATIONS = ("hold-irq", "hold-kick", "extra-irq", "reorder-used")
+WORDS = (*OF_FRAMES, *OF_OTHERS, "queue", *OF_NOTIFICATIONS, "chance", "after", "count", "from",
          "until", "filter")  # fmt: skip
 #: What a card can do once, on any data path: word -> what it is.
 ACTS = {
@@ -147,20 +151,23 @@ class FaultRule:
                 f"fault: {sorted(frames)[0]} and {sorted(notifications)[0]} in one rule",
                 "write two rules, each with rx, tx or both in front",
             )
-        if notifications and (self.code or seen & {"filter", "queue", "burst"}):
+        if notifications and (self.code or seen & {"filter", "queue", *OF_OTHERS}):
             raise UsageError(
-                f"fault: {text!r}: filter=, queue= and burst= are for frames", "leave them out"
+                f"fault: {text!r}: filter=, queue=, burst= and keep= are for frames",
+                "leave them out",
             )
-        if "burst" in seen and not self.rate:
-            raise UsageError(
-                f"fault: {text!r}: burst= without rate=", "give a rate, as rate=10mbit"
-            )
+        for word, other in OF_OTHERS.items():
+            if word in seen and other not in seen:
+                raise UsageError(
+                    f"fault: {text!r}: {word}= without {other}",
+                    f"give it too, as {other}={_example(other)}",
+                )
         if 0 < self.times.get("until", 0) <= self.times.get("from", 0):
             raise UsageError(f"fault: {text!r}: it ends before it begins", "give a later until=")
 
     @property
     def frames(self) -> bool:
-        """Whether it is about frames; else about kicks and interrupts."""
+        """Whether it is about frames; else about kicks, interrupts and used entries."""
         return not any(word.partition("=")[0] in OF_NOTIFICATIONS for word in self.words)
 
     def chance(self, word: str) -> Chance:

@@ -26,6 +26,8 @@ REFUSED = {
         OF_NOTIFICATIONS,
         ("kicks and interrupts do not come past pyvmm there", "use --net emulated"),
     ),
+    "reorder-used": ("the virtqueues are the kernel's there", "use --net emulated"),
+    **dict.fromkeys(("truncate", "keep"), ("tc cuts no frames", "use --net emulated")),
     **dict.fromkeys(
         ("after", "count"),
         ("tc counts no frames", "use --net emulated, or a step of a scenario with packets="),

@@ -1,5 +1,5 @@
-"""Lose, delay, repeat, reorder, damage or slow down a running machine's packets on purpose, and
-hold its kicks and interrupts.
+"""Lose, delay, repeat, reorder, damage, cut or slow down a running machine's packets on purpose,
+complete them out of order, and hold kicks and interrupts.
 
 Examples:
   pyvmm fault vm0 rx loss=10%
@@ -7,6 +7,7 @@ Examples:
   pyvmm fault vm0 rx corrupt=1/100 tx rate=10mbit queue=50
   pyvmm fault vm0 --seed 7 both duplicate=5% reorder=5% until=10s
   pyvmm fault vm0 rx hold-irq=3ms chance=1%
+  pyvmm fault vm0 both reorder-used=10% rx truncate=1/100 keep=20
   pyvmm fault vm0                     what is in force, and what was done
   pyvmm fault vm0 off
   pyvmm fault vm0 needs-reset         set DEVICE_NEEDS_RESET, on any data path

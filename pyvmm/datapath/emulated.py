@@ -299,6 +299,7 @@ class EmulatedNet(OnUplink):
         config.taken = self._taken(rings)
         config.guest_csum = bool(acked & CSUM)
         config.mrg_rxbuf = bool(acked >> VIRTIO_NET_F_MRG_RXBUF & 1)
+        config.in_order = bool(acked >> VIRTIO_F_IN_ORDER & 1)
         config.format.packed = bool(acked >> VIRTIO_F_RING_PACKED & 1)
         config.format.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
         config.format.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)

@@ -24,7 +24,9 @@ CHANCES = {
     "duplicate": "duplicate",
     "reorder": "reorder",
     "corrupt": "corrupt",
+    "truncate": "truncate",
     "extra-irq": "extra_irq",
+    "reorder-used": "reorder_used",
 }
 TIMES = {
     "from": "from_ns",
@@ -35,6 +37,8 @@ TIMES = {
     "hold-kick": "hold_kick_ns",
 }
 NUMBERS = ("after", "count", "queue", "burst")
+#: ``keep`` of frames that are cut at random.
+AT_RANDOM = 2**64 - 1
 DEEDS = {
     lib.PV_DEED_LOSS: "loss",
     lib.PV_DEED_DUPLICATE: "duplicate",
@@ -46,6 +50,9 @@ DEEDS = {
     lib.PV_DEED_HOLD_IRQ: "hold-irq",
     lib.PV_DEED_EXTRA_IRQ: "extra-irq",
     lib.PV_DEED_HOLD_KICK: "hold-kick",
+    lib.PV_DEED_TRUNCATE: "truncate",
+    lib.PV_DEED_REORDER_USED: "reorder-used",
+    lib.PV_DEED_LATE_USED: "late-used",
 }
 
 
@@ -129,6 +136,7 @@ class ImpairPoint:
                 setattr(c, name, rule.times.get(word, 0))
             for word in NUMBERS:
                 setattr(c, word, rule.numbers.get(word, 0))
+            c.keep = rule.numbers.get("keep", AT_RANDOM)
             if rule.code:
                 kept.append(ffi.from_buffer(rule.code))
                 c.filter, c.filter_count = kept[-1], len(rule.code) // 8

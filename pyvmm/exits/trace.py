@@ -15,7 +15,7 @@ from pyvmm import __version__
 from pyvmm.bus import PCI_DATA
 from pyvmm.datapath.impair import deeds
 from pyvmm.exits.phases import phases_of
-from pyvmm.kvm.recorder import BATCH, BYTES, EXIT, FAULT, KICK, PACKET, SEGMENT
+from pyvmm.kvm.recorder import BATCH, BYTES, EXIT, FAULT, KICK, LATER, PACKET, SEGMENT
 from pyvmm.kvm.vcpu import REASONS
 from pyvmm.spec import pci, virtio
 from pyvmm.spec import vhost_user as vu
@@ -522,6 +522,8 @@ class _Trace:
             "segments": [],
             "bytes": "",
         }
+        if e.region == LATER:
+            del args["used_at"]
         if not e.write:
             args["dropped"] = True
         way = "send" if e.reg else "receive"
@@ -534,6 +536,8 @@ class _Trace:
         args: Args = {"queue": queue, "deeds": words}
         if e.value:
             args["length"] = e.value
+        if e.write:
+            args |= {"head": e.size, "used_at": e.region}
         return self._moment(f"fault: {', '.join(words)}", "fault", e.ts, pid, tid, args)
 
     def _steps(self) -> Iterator[list[Args]]:

@@ -73,6 +73,9 @@ DEEDS = {
     "delay": "The frame waits.",
     "rate": "The frame waits for tokens of the rate.",
     "full": "The frame is lost: too many wait already.",
+    "truncate": "The frame is cut short.",
+    "reorder-used": "The chain is returned behind that of a packet that came later.",
+    "late-used": "The chain has waited for another packet's in vain, and is returned in order.",
     "hold-irq": "The interrupt of what was used waits.",
     "extra-irq": "The driver gets an interrupt although it has asked for none.",
     "hold-kick": "The kick has woken the worker, which overlooks it for now.",
@@ -606,6 +609,8 @@ class _Maker:
             same=same,
             details=frame,
         )
+        if "used_at" not in args:  # the chain returns later: an event of its own
+            return
         yield Arrow(
             event,
             path,
@@ -629,7 +634,22 @@ class _Maker:
         queue, path = _number(event.args, "queue"), self._path(event.at)
         deeds = [text for text in _list(event.args, "deeds") if isinstance(text, str)]
         length = _number(event.args, "length")
-        if set(deeds) & {*OF_INTERRUPTS}:
+        ring: dict[str, Any] | None = None
+        if "used_at" in event.args:
+            size, packed = self._queues.get(queue, (0, False))
+            head, used = _number(event.args, "head"), _number(event.args, "used_at")
+            src, dst = path, RINGS
+            what = f"return {_what(packed)} {head} at {_place(used, size, packed)}, queue {queue}"
+            ring = {
+                "moment": "returned",
+                "queue": queue,
+                "size": size,
+                "packed": packed,
+                "used_at": used,
+                "head": head,
+                "len": 0 if queue % 2 else length,
+            }
+        elif set(deeds) & {*OF_INTERRUPTS}:
             src, dst, what = path, KVM, f"interrupt for queue {queue}"
         elif set(deeds) & {*OF_KICKS}:
             src, dst, what = KVM, path, f"kick of queue {queue}"
@@ -652,6 +672,7 @@ class _Maker:
                 *told(event.args),
                 *(("why", DEEDS[deed], False) for deed in deeds if deed in DEEDS),
             ],
+            ring=ring,
         )
 
     def _kernel(self, event: Event) -> Iterator[Arrow]:

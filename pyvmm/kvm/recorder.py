@@ -24,6 +24,8 @@ RING, STEPS = 1 << 15, 1 << 14
 EXIT, KICK, BATCH = lib.PV_TRACE_EXIT, lib.PV_TRACE_KICK, lib.PV_TRACE_BATCH
 PACKET, SEGMENT, BYTES = lib.PV_TRACE_PACKET, lib.PV_TRACE_SEGMENT, lib.PV_TRACE_BYTES
 FAULT = lib.PV_TRACE_FAULT
+#: The place in the used ring of a packet that is not there yet.
+LATER = lib.PV_TRACE_LATER
 
 
 class Event:

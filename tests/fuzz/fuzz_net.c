@@ -50,26 +50,30 @@ static void set_faults(struct pv_impair *im, const uint8_t *data)
 	static const struct sock_filter odd[] = {BPF_STMT(BPF_LD | BPF_B | BPF_ABS, 12),
 						 BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 1),
 						 BPF_STMT(BPF_RET | BPF_A, 0)};
-	const struct pv_impair_rule rule[] = {{.ways = 1 + data[10] % 3,
-					       .frames = 1,
-					       .filter = data[9] & 1 ? odd : NULL,
-					       .filter_count = 3,
-					       .after = data[9] >> 6,
-					       .chance.every = 1,
-					       .loss.every = data[9] & 2 ? 5 : 0,
-					       .duplicate.odds = data[9] & 4 ? 0x80000000u : 0,
-					       .reorder.every = data[9] & 8 ? 2 : 0,
-					       .corrupt.every = data[9] & 16 ? 1 : 0,
-					       .delay_ns = data[9] & 32 ? 1000 : 0,
-					       .jitter_ns = data[10] & 4 ? 2000 : 0,
-					       .rate = data[10] & 8 ? 8000000 : 0,
-					       .burst = data[10] & 16 ? 10000 : 0,
-					       .queue = data[10] & 32 ? 3 : 0},
-					      {.ways = 3,
-					       .chance.every = 2,
-					       .hold_irq_ns = 1000,
-					       .extra_irq.every = 3,
-					       .hold_kick_ns = data[10] & 64 ? 2000 : 0}};
+	const struct pv_impair_rule rule[] = {
+		{.ways = 1 + data[10] % 3,
+		 .frames = 1,
+		 .filter = data[9] & 1 ? odd : NULL,
+		 .filter_count = 3,
+		 .after = data[9] >> 6,
+		 .chance.every = 1,
+		 .loss.every = data[9] & 2 ? 5 : 0,
+		 .duplicate.odds = data[9] & 4 ? 0x80000000u : 0,
+		 .reorder.every = data[9] & 8 ? 2 : 0,
+		 .corrupt.every = data[9] & 16 ? 1 : 0,
+		 .truncate.every = data[11] & 4 ? 2 : 0,
+		 .keep = data[11] & 8 ? UINT64_MAX : data[11] >> 4,
+		 .delay_ns = data[9] & 32 ? 1000 : 0,
+		 .jitter_ns = data[10] & 4 ? 2000 : 0,
+		 .rate = data[10] & 8 ? 8000000 : 0,
+		 .burst = data[10] & 16 ? 10000 : 0,
+		 .queue = data[10] & 32 ? 3 : 0},
+		{.ways = 3,
+		 .chance.every = 2,
+		 .hold_irq_ns = 1000,
+		 .extra_irq.every = 3,
+		 .hold_kick_ns = data[10] & 64 ? 2000 : 0,
+		 .reorder_used.odds = data[10] & 64 ? 0 : 0xc0000000u}};
 
 	pv_impair_clear(im);
 	CHECK(!pv_impair_set(im, rule, 2, data[9], pv_now_ns()));
@@ -177,6 +181,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.format.event_idx = data[2] & 2;
 	cfg.mrg_rxbuf = data[2] & 4;
 	cfg.guest_csum = data[2] & 64;
+	cfg.in_order = data[13] & 128;
 	cfg.unbatched = data[11] & 1;
 	cfg.in_exit = data[11] & 2 && !cfg.poll_us && !(data[2] & 64) && !cable;
 	if (data[12] & 2)

@@ -3,7 +3,9 @@
  * Kills a back-end after each of its instructions (by ptrace, one step at a time) and lets an heir
  * go on from the rings and the notes as they are then (cext/inflight.c). In both ring formats and
  * both directions every chain must be used once, in order, with the buffers that the driver gave,
- * and every frame that the driver sent must be in the file once.
+ * and every frame that the driver sent must be in the file once. The same if the heir is killed,
+ * too, with a packet in its hands; and, but for the order, if each other chain is to be used after
+ * the one that comes behind it, as with a fault on demand.
  */
 #include <linux/virtio_ring.h>
 #include <signal.h>
@@ -21,9 +23,9 @@
 #define CHECK(cond)                                                                                \
 	do {                                                                                       \
 		if (!(cond)) {                                                                     \
-			fprintf(stderr, "%s:%d: %s (%s, %s, step %lu)\n", __FILE__, __LINE__,      \
+			fprintf(stderr, "%s:%d: %s (%s, %s%s, step %lu)\n", __FILE__, __LINE__,    \
 				#cond, packed ? "packed" : "split", tx ? "transmit" : "receive",   \
-				step);                                                             \
+				swap ? ", swapped" : "", step);                                    \
 			abort();                                                                   \
 		}                                                                                  \
 	} while (0)
@@ -40,7 +42,7 @@ struct shared {
 	uint32_t wrong; /* chains with buffers that the driver did not give */
 };
 
-static bool packed, tx;
+static bool packed, tx, swap;
 static unsigned long step;
 
 /* Chain i has slots of 100 + 10 * i bytes; a packed ring starts two short of its end. */
@@ -81,8 +83,11 @@ static void drive(struct shared *s)
 		((uint16_t *)(void *)(s->ram + AVAIL))[1] = CHAINS;
 }
 
-/* A back-end's whole life: what is on the ring, then the end. */
-static void serve(struct shared *s)
+/*
+ * A back-end's whole life: what is on the ring, then the end; or a kill, when it has taken and sent
+ * so many chains.
+ */
+static void serve(struct shared *s, uint32_t most)
 {
 	struct pv_vring_format format = {.packed = packed};
 	struct pv_memory mem = {.count = 1, .region = {{0, sizeof(s->ram), s->ram}}};
@@ -90,7 +95,9 @@ static void serve(struct shared *s)
 	struct pv_vring vr;
 	struct pv_inflight in = {.region = s->notes, .vr = &vr, .taken = s->taken};
 	struct iovec iov[SIZE];
-	struct pv_chain c;
+	struct pv_chain c, back = {0};
+	uint16_t head[2];
+	uint32_t waits = 0;
 
 	if (pv_vring_init(&vr, &mem, SIZE, DESC, AVAIL, USED, base | base << 16, format))
 		abort();
@@ -108,11 +115,28 @@ static void serve(struct shared *s)
 			__atomic_store_n(&s->taken, s->taken + 1, __ATOMIC_RELEASE);
 			in.taken++;
 		}
+		if (!most--)
+			return;
+		if (swap && !waits) {
+			back = c;
+			waits = 1;
+			continue;
+		}
 		pv_inflight_push(&in, c.head, c.slots, tx ? 0 : 7);
+		head[0] = c.head;
+		head[1] = back.head;
+		if (waits)
+			pv_inflight_push(&in, back.head, back.slots, tx ? 0 : 7);
 		if (tx)
-			pv_inflight_end(&in, &c);
+			pv_inflight_end(&in, head, 1 + waits);
 		else if (++batch % BATCH == 0)
 			pv_inflight_flush(&in);
+		waits = 0;
+	}
+	if (waits) {
+		pv_inflight_push(&in, back.head, back.slots, tx ? 0 : 7);
+		if (tx)
+			pv_inflight_end(&in, &back.head, 1);
 	}
 	if (vr.fault)
 		s->wrong++;
@@ -128,15 +152,20 @@ static void examine(struct shared *s)
 	CHECK(!s->wrong);
 	CHECK(s->taken == (tx ? CHAINS : 0));
 	CHECK(packed || ((const uint16_t *)(const void *)(s->ram + USED))[1] == CHAINS);
-	for (uint32_t i = 0, at = SIZE - 2; i < CHAINS; at += slots_of(i), i++) {
+	for (uint32_t n = 0, at = SIZE - 2, found = 0; n < CHAINS; n++) {
 		const uint16_t both =
 			1u << VRING_PACKED_DESC_F_AVAIL | 1u << VRING_PACKED_DESC_F_USED;
 		const struct vring_packed_desc *d = &ring[at % SIZE];
+		uint32_t i = 0;
 
-		CHECK(!tx || s->sent[i] == i + 1);
+		while (i < CHAINS && id_of(i) != (packed ? d->id : used[2 * n]))
+			i++;
+		CHECK(i < CHAINS && !(found >> i & 1) && (swap || i == n));
+		found |= 1u << i;
+		CHECK(!tx || s->sent[n] == n + 1);
 		CHECK(!packed || (d->flags & both) == (at < SIZE ? both : 0));
-		CHECK(id_of(i) == (packed ? d->id : used[2 * i]));
-		CHECK((tx ? 0 : 7) == (packed ? d->len : used[2 * i + 1]));
+		CHECK((tx ? 0 : 7) == (packed ? d->len : used[2 * n + 1]));
+		at += slots_of(i);
 	}
 }
 
@@ -151,16 +180,19 @@ static unsigned long kill_at_each_step(struct shared *s, struct shared *copy)
 	if (!pid) {
 		if (ptrace(PTRACE_TRACEME, 0, NULL, NULL) || raise(SIGSTOP))
 			_exit(1);
-		serve(s);
+		serve(s, UINT32_MAX);
 		kill(getpid(), SIGKILL);
 	}
 	for (step = 0;; step++) {
 		CHECK(waitpid(pid, &status, 0) == pid);
 		if (!WIFSTOPPED(status))
 			break;
-		memcpy(copy, s, sizeof(*copy));
-		serve(copy);
-		examine(copy);
+		for (uint32_t most = 0; most <= CHAINS; most++) {
+			memcpy(copy, s, sizeof(*copy));
+			serve(copy, most);
+			serve(copy, UINT32_MAX);
+			examine(copy);
+		}
 		CHECK(!ptrace(PTRACE_SINGLESTEP, pid, NULL, NULL));
 	}
 	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
@@ -215,12 +247,17 @@ int main(void)
 	struct shared *copy = aligned_alloc(4096, (sizeof(*s) + 4095) & ~4095ul);
 
 	CHECK(s != MAP_FAILED && copy);
-	for (int i = 0; i < 4; i++) {
+	for (int i = 0; i < 8; i++) {
 		packed = i & 1;
 		tx = i & 2;
-		printf("%s, %s: killed at each of %lu steps\n", packed ? "packed" : "split",
-		       tx ? "transmit" : "receive", kill_at_each_step(s, copy));
+		swap = i & 4;
+		if (packed && tx && swap) /* whose notes have room for one packet that is sent */
+			continue;
+		printf("%s, %s%s: killed at each of %lu steps\n", packed ? "packed" : "split",
+		       tx ? "transmit" : "receive", swap ? ", swapped" : "",
+		       kill_at_each_step(s, copy));
 	}
+	swap = false;
 	free(copy);
 	flood();
 	return 0;

@@ -111,6 +111,38 @@ def test_every_second_answer_comes_late(guest: Guest) -> None:
         assert counters["rx_fault_delay"] >= 20 and counters["rx_fault_corrupt"] == 0
 
 
+@pytest.mark.parametrize("worker", ["thread", "vcpu"])
+def test_answers_are_cut_short_and_used_in_another_order(
+    guest: Guest, tmp_path: Path, worker: str
+) -> None:
+    """Of each answer, the guest gets nothing but the header, and then, in the buffer that was to be
+    used before, all. It gives both buffers back. The page has each deed, where it was done.
+    """
+    trace = tmp_path / "trace"
+    net = Net(worker=worker, notify="exit" if worker == "vcpu" else "ioeventfd")
+    with Machine(guest("pcinet"), memory="4M", append="count=40", nets=[net], trace=1 << 13) as vm:
+        vm.nets[0].fault("rx duplicate truncate keep=0 filter='arp'", "both reorder-used")
+        vm.start()
+        outcome = vm.wait(TIMEOUT)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0), vm.stdout.text
+        counters = vm.nets[0].counters()
+        with trace.open("wb") as f:
+            write(vm, f.write)
+    assert counters["rx_fault_truncate"] == 40 and counters["rx_packets"] >= 80
+    assert counters["rx_fault_reorder_used"] > 20
+    # A question waits for the next one in vain: there is none before its answer.
+    assert counters["tx_fault_late_used"] > 20
+    read = load(str(trace))
+    (data,) = embedded(page([("trace", Diagram(read, read.card(None)))], 10_000))
+    check(json.loads(trace.read_text()), data)
+    deeds = [a for a in arrows_of(data) if a["k"] == "fault"]
+    for way, deed in (("rx", "reorder-used"), ("rx", "late-used"), ("tx", "late-used")):
+        mine = [a for a in deeds if a["l"].startswith(f"fault on demand: {deed}: return")]
+        mine = [a for a in mine if a["l"].endswith(f"queue {int(way == 'tx')}")]
+        name = f"{way}_fault_{deed.replace('-', '_')}"
+        assert len(mine) == counters[name] and all(a["r"]["moment"] == "returned" for a in mine)
+
+
 def test_a_back_end_has_faults(guest: Guest, tmp_path: Path) -> None:
     """Each frame comes back twice: once as its repetition. Confined, with a filter."""
     path, file = tmp_path / "s", tmp_path / "x.pcapng"

@@ -21,18 +21,21 @@ from pyvmm._ext import lib
 from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import joined_ports, loop_port
 from pyvmm.datapath.impair import ImpairPoint, deeds
+from pyvmm.datapath.ringformat import PACKED, SPLIT
 from pyvmm.errors import HostError, UsageError
 from pyvmm.faultopt import FRAMES_MAX, RULES_MAX, of_option, of_text, of_wire, of_words
 from pyvmm.faulttc import shapes
 from pyvmm.hostnet.traffic import Shape, control
-from pyvmm.kvm.recorder import FAULT, Recorder
+from pyvmm.kvm.recorder import FAULT, LATER, PACKET, Recorder
 from pyvmm.netopt import Net
-from tests.driver import wait_for
+from tests.driver import bits, wait_for
+from tests.ringforms import Form
 from tests.unit.test_net_worker import (
     ALL,
     CSUM,
     EVENT_IDX,
     GSO,
+    INDIRECT_DESC,
     PATIENCE,
     Rig,
     frame,
@@ -86,6 +89,10 @@ def test_a_direction_begins_a_rule() -> None:
         ("loss+hold-irq=1ms", "two rules"),
         ("hold-irq=1ms+queue=3", "are for frames"),
         ("loss+burst=3", "rate=10mbit"),
+        ("loss+keep=3", "give it too, as truncate=10%"),
+        ("truncate+keep=65536", "use 0 to 65535"),
+        ("reorder-used+keep=3", "are for frames"),
+        ("reorder-used+loss", "two rules"),
         ("loss+from=2s+until=1s", "a later until="),
         ("+".join(["rx+loss"] * (RULES_MAX + 1)), f"at most {RULES_MAX}"),
     ],
@@ -145,6 +152,8 @@ def test_a_card_whose_packets_pass_nothing_of_ours_is_refused(net: str) -> None:
         ("hold-irq=1ms", "hold-irq=1ms: kicks and interrupts do not come past pyvmm there"),
         ("rx+extra-irq", "extra-irq: kicks and interrupts do not come"),
         ("tx+hold-kick=1ms", "hold-kick=1ms: kicks and interrupts do not come"),
+        ("tx+reorder-used", "reorder-used: the virtqueues are the kernel's there"),
+        ("rx+truncate", "truncate: tc cuts no frames"),
         ("rx+loss=1/3", "loss=1/3: tc draws lots, and counts no frames; write loss=33.3%"),
         ("rx+loss+chance=5%", "chance=5%: tc has no chance for a whole rule"),
         ("rx+loss+after=3", "after=3: tc counts no frames"),
@@ -409,6 +418,77 @@ def test_a_frame_to_be_segmented_is_left_alone() -> None:
         rig.driver.tx.publish()
         assert rig.cable.receive(PATIENCE) == header + frame(1, 5000)
         assert counts(rig) == {"tx_fault_frames": 1, "tx_fault_corrupt_left": 1}
+
+
+@pytest.mark.parametrize("keep", [0, 1, 20])
+def test_a_frame_for_the_guest_is_cut_short(keep: int) -> None:
+    """The used length ends with it, and num_buffers is right for what is left."""
+    with faulty(f"rx truncate=1/2 keep={keep}") as rig:
+        for i in range(4):
+            rig.cable.far.send(bytes(12) + frame(i, 3000))
+        packets = rig.driver.wait_packets(4, PATIENCE)
+        assert [p[12:] for p in packets] == [
+            frame(i, 3000)[: keep if i % 2 else 3000] for i in range(4)
+        ]
+        assert [p[10] for p in packets] == [2, 1, 2, 1]
+        assert counts(rig) == {"rx_fault_frames": 4, "rx_fault_truncate": 2}
+
+
+def test_a_frame_of_the_guest_keeps_its_ethernet_header() -> None:
+    with faulty("tx truncate keep=3 count=1", "tx truncate keep=100 after=1 count=2") as rig:
+        transmit(rig, frame(1), frame(2, 200), frame(3, 100))
+        assert came(rig, 3) == [frame(1)[:14], frame(2, 200)[:100], frame(3, 100)]
+        assert counts(rig) == {
+            "tx_fault_frames": 3, "tx_fault_truncate": 2, "tx_fault_truncate_left": 1
+        }  # fmt: skip
+
+
+def lengths_of(seed: int) -> list[int]:
+    with faulty("rx truncate", seed=seed) as rig:
+        for i in range(30):
+            rig.cable.far.send(bytes(12) + frame(i))
+        packets = [p[12:] for p in rig.driver.wait_packets(30, PATIENCE)]
+        assert all(p == frame(i)[: len(p)] for i, p in enumerate(packets))
+        return [len(p) for p in packets]
+
+
+def test_where_a_frame_ends_follows_from_the_seed() -> None:
+    first = lengths_of(7)
+    assert len(set(first)) > 10 and max(first) < 60
+    assert lengths_of(7) == first != lengths_of(8)
+
+
+def test_a_rule_that_cuts_frames_draws_no_more_than_before() -> None:
+    assert lost_of(7, "tx loss=50% truncate=1/1000") == lost_of(7, "tx loss=50%")
+
+
+def test_nobody_vouches_for_what_is_left_of_a_frame() -> None:
+    header = struct.pack("<BBHHHHH", 1, 0, 54, 0, 34, 16, 0)
+    with faulty("both truncate keep=30", acked=ALL | CSUM | GSO) as rig:
+        rig.driver.queue(frame(3, 100), header=header)
+        rig.driver.queue(frame(4, 5000), header=header[:1] + b"\1" + header[2:])
+        rig.driver.tx.publish()
+        assert rig.cable.receive(PATIENCE) == b"\0" + header[1:] + frame(3, 100)[:30]
+        assert len(rig.cable.receive(PATIENCE)) == 5012  # which is to be segmented
+        rig.cable.far.send(b"\2" + bytes(11) + frame(1))  # DATA_VALID
+        (got,) = rig.driver.wait_packets(1, PATIENCE)
+        assert got[0] == 0 and got[12:] == frame(1)[:30]
+        assert counts(rig)["tx_fault_truncate_left"] == 1
+
+
+@pytest.mark.parametrize("keep", [0, 70])
+def test_a_frame_is_cut_short_on_a_cable(keep: int) -> None:
+    point, port = ImpairPoint(), loop_port(1)
+    point.set(of_text([f"rx truncate keep={keep}"]), 1)
+    with Rig(ALL, port=port, impair=point) as rig:
+        rig.start()
+        rig.driver.send(frame(1, 500), frame(2, 60))
+        packets = [p[12:] for p in rig.driver.wait_packets(2, PATIENCE)]
+        assert packets == [frame(1, 500)[:keep], frame(2, 60)[:keep]]
+        rig.path.close()
+    assert point.counters()["rx_fault_truncate"] == (1 if keep else 2)
+    point.close()
+    port.close()
 
 
 def test_frames_wait_and_stay_in_order() -> None:
@@ -814,11 +894,161 @@ def test_every_deed_has_its_word_and_its_counter() -> None:
         names = {name.removeprefix("rx_fault_") for name in point.counters()}
         for word in deeds(0xFFFF):
             assert word.replace("-", "_") in names
-        assert len(deeds(0xFFFF)) == len(deeds(2**32 - 1)) == 10
+        assert len(deeds(0xFFFF)) == len(deeds(2**32 - 1)) == 13
         rig.path.close()
     point.close()
     assert point.counters()  # what was counted stays
     assert lib.PV_IMPAIR_RULES == RULES_MAX and lib.PV_IMPAIR_BLOCKS == FRAMES_MAX
+
+
+# --- used entries ---------------------------------------------------------------------------------
+
+FORMS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+SWAPPED = [1, 0, 3, 2, 5, 4, 7, 6, 8]
+
+
+@contextmanager
+def idle(
+    packed: bool, *rules: str, acked: int = ALL, seed: int = 1, **options: Any
+) -> Iterator[Any]:
+    """As ``faulty``, but the worker does not run yet: what is there by then is done in one turn."""
+    point = ImpairPoint()
+    point.set(of_text(rules), seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Form, "now", PACKED if packed else SPLIT)
+        with Rig(acked, impair=point, **options) as rig:
+            rig.point = point  # type: ignore[attr-defined]
+            yield rig
+    point.close()
+
+
+def used_of(rig: Any, count: int, **options: Any) -> list[int]:
+    """The guest sends so many frames at once: the places of the chains in the used ring."""
+    heads = [rig.driver.queue(frame(i), **options) for i in range(count)]
+    rig.driver.tx.publish()
+    rig.start()
+    assert came(rig, count) == [frame(i) for i in range(count)]  # they are sent in order
+    assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+    return [heads.index(head) for head, _ in rig.driver.tx.take_used()]
+
+
+@FORMS
+@pytest.mark.parametrize("split", [None, [12, 20]], ids=["", "in pieces"])
+def test_used_entries_of_transmits_come_in_another_order(
+    packed: bool, split: list[int] | None
+) -> None:
+    with idle(packed, "tx reorder-used", acked=ALL & ~INDIRECT_DESC) as rig:
+        assert used_of(rig, 9, split=split) == SWAPPED
+        # The last one has waited for another in vain.
+        assert counts(rig) == {"tx_fault_reorder_used": 4, "tx_fault_late_used": 1}
+        # Several laps of the ring, as the driver comes to it.
+        for lap in range(20):
+            transmit(rig, *(frame(lap * 50 + i) for i in range(50)))
+            assert came(rig, 50) == [frame(lap * 50 + i) for i in range(50)]
+        bases = rig.path.stop()
+        assert bases[1] == rig.driver.tx.position and not rig.faults
+        done = counts(rig)
+        # Each packet was the one that waited, or the one that another waited for, or neither.
+        assert 2 * done["tx_fault_reorder_used"] + done["tx_fault_late_used"] == 1009
+
+
+@FORMS
+@pytest.mark.parametrize("length", [60, 3000], ids=["", "merged"])
+def test_used_entries_of_receives_come_in_another_order(packed: bool, length: int) -> None:
+    """Those of a packet that is spread over several buffers stay together (5.1.6.4.1)."""
+    with idle(packed, "rx reorder-used") as rig:
+        for i in range(9):
+            rig.cable.far.send(bytes(12) + frame(i, length))
+        rig.start()
+        packets = rig.driver.wait_packets(9, PATIENCE)
+        assert [p[12:] for p in packets] == [frame(i, length) for i in SWAPPED]
+        assert all(p[10] == (2 if length > 2000 else 1) for p in packets)
+        assert counts(rig) == {"rx_fault_reorder_used": 4, "rx_fault_late_used": 1}
+        assert rig.path.stop()[0] == rig.driver.rx.position
+
+
+def test_the_same_seed_has_the_same_order() -> None:
+    def order(seed: int) -> list[int]:
+        with idle(False, "tx reorder-used=50%", seed=seed) as rig:
+            return used_of(rig, 60)
+
+    first = order(7)
+    assert first != list(range(60)) and sorted(first) == list(range(60))
+    assert order(7) == first != order(8)
+
+
+@FORMS
+def test_with_in_order_the_order_is_kept(packed: bool) -> None:
+    """2.7.9, 2.8.8: then the driver may rely on it."""
+    with idle(packed, "both reorder-used", acked=ALL | bits("VIRTIO_F_IN_ORDER")) as rig:
+        assert used_of(rig, 9) == [*range(9)]
+        assert counts(rig) == {"tx_fault_reorder_used_left": 9}
+
+
+@FORMS
+def test_no_used_entry_is_lost_when_the_worker_stops(packed: bool) -> None:
+    """One that waits is there before another data path goes on from the ring's position."""
+    with idle(packed, "both reorder-used") as rig:
+        rig.start()
+        got: list[bytes] = []
+        held = sent = 0
+        while held < 3 and sent < 3000:
+            rig.driver.send(frame(sent))
+            rig.cable.far.send(bytes(12) + frame(sent))
+            sent += 1
+            assert wait_for(lambda: rig.counter("tx_packets") == rig.counter("rx_packets") == sent)  # noqa: B023
+            waited = rig.driver.tx.outstanding
+            bases = rig.path.stop()
+            held += waited and rig.driver.tx.outstanding == 0
+            assert bases == [ring.position for ring in rig.driver.rings]
+            assert rig.driver.tx.outstanding == 0
+            rig.driver.tx.take_used()
+            take(rig, got)
+            rig.start(bases)
+        assert held == 3, "no stop came while an entry waited"
+        assert got == [frame(i) for i in range(sent)]
+        packets = rig.driver.wait_packets(sent, PATIENCE)
+        assert [p[12:] for p in packets] == [frame(i) for i in range(sent)]
+
+
+def test_used_entries_on_a_cable() -> None:
+    point, port = ImpairPoint(), loop_port(1)
+    point.set(of_text(["both reorder-used"]), 1)
+    with Rig(ALL, port=port, impair=point) as rig:
+        rig.start()
+        for lap in range(1, 11):
+            rig.driver.send(*(frame(lap * 20 + i) for i in range(20)))
+            packets = [p[12:] for p in rig.driver.wait_packets(20 * lap, PATIENCE)]
+            assert sorted(packets[-20:]) == [frame(lap * 20 + i) for i in range(20)]
+            assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+        rig.path.close()
+    done = point.counters()
+    for way in ("rx", "tx"):
+        assert done[f"{way}_fault_reorder_used"] > 0
+        assert 2 * done[f"{way}_fault_reorder_used"] + done[f"{way}_fault_late_used"] == 200
+    point.close()
+    port.close()
+
+
+@FORMS
+def test_a_trace_tells_where_used_entries_came(packed: bool) -> None:
+    recorder = Recorder(1 << 12)
+    try:
+        with idle(packed, "tx reorder-used", recorder=recorder) as rig:
+            assert used_of(rig, 3) == [1, 0, 2]
+            rig.path.stop()
+        events = [e for e in recorder.events("net0", "worker 0")[0] if e.kind in (PACKET, FAULT)]
+    finally:
+        recorder.close()
+    at = [e.reason for e in events if e.kind == PACKET]
+    assert [(e.kind, e.region, deeds(e.count) if e.kind == FAULT else []) for e in events] == [
+        (PACKET, LATER, []),
+        (PACKET, at[0], []),
+        (FAULT, at[1], ["reorder-used"]),
+        (PACKET, LATER, []),
+        (FAULT, at[2], ["late-used"]),
+    ]
+    assert [e.size for e in events if e.kind == FAULT] == [events[0].size, events[3].size]
 
 
 # --- kicks and interrupts -------------------------------------------------------------------------
@@ -959,6 +1189,26 @@ def test_a_switch_keeps_the_faults_or_is_refused() -> None:
         assert card.nic.switch("emulated").outcome == "switched"
         counters = card.nic.counters()
         assert counters["tx_fault_loss"] == 4 and card.nic.faults()["rules"] == []
+
+
+def test_switches_while_used_entries_wait() -> None:
+    """The next data path goes on from the ring's position, and all chains come back."""
+    with Card() as card:
+        card.nic.fault("both reorder-used")
+        net, sent, got = card.guest.net, 0, []
+        for lap in range(20):
+            for i in range(5):
+                net.send(frame(sent + i))
+                card.cable.far.send(bytes(12) + frame(sent + i))
+            sent += 5
+            # Between the two, some used entry waits more often than not.
+            assert card.nic.switch("emulated" if lap % 2 else "emulated,poll=50").outcome
+            got += [card.cable.receive(PATIENCE)[12:] for _ in range(5)]
+        assert got == [frame(i) for i in range(sent)]
+        packets = [p[12:] for p in net.wait_packets(sent, PATIENCE)]
+        assert sorted(packets) == [frame(i) for i in range(sent)]
+        assert wait_for(lambda: net.tx.outstanding == 0) and card.healthy
+        assert card.nic.counters()["tx_fault_late_used"] > 0
 
 
 def test_frames_do_not_wait_for_a_card_that_has_left() -> None:
