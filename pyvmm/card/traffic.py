@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.faulttc import shapes
@@ -15,19 +16,26 @@ if TYPE_CHECKING:
     from pyvmm.faultopt import FaultRule
     from pyvmm.hostnet.netns import Namespace
     from pyvmm.hostnet.tap import Tap
+    from pyvmm.kvm.recorder import Scope
 
 
 class TapFaults:
     """Has the members of ``datapath.impair.ImpairPoint`` that a card uses. Any thread.
 
     :param tap: lent. :param namespace: of our own, with the tap in it, lent; or None.
+    :param recorder: gets, per look and way, what tc has counted since the look before, for tc tells
+        neither which frames these were nor when; lent.
     """
 
     #: tc takes no seed.
     seeded = False
 
-    def __init__(self, tap: Tap, namespace: Namespace | None) -> None:
+    def __init__(
+        self, tap: Tap, namespace: Namespace | None, recorder: Scope | None = None
+    ) -> None:
         self._tap, self._tc = tap, Tc(tap.name, namespace)
+        self._recorder = recorder
+        self._looked = 0  # when the counters in force began, or were read last; ns
         self._talk = threading.Lock()  # held while tc runs; guards changes of:
         self._state = _State((), {}, {})
         self._there = False  # whether qdiscs of ours may be at the tap
@@ -59,6 +67,7 @@ class TapFaults:
                 raise
             self._there = bool(wanted)
             self._state = self._state.folded(tuple(rules))
+            self._looked = time.monotonic_ns()
 
     def counters(self) -> dict[str, int]:
         """What tc had counted at the last ``look``: ``rx_fault_loss`` and others. Never waits for
@@ -108,6 +117,24 @@ class TapFaults:
             except PyvmmError:
                 return  # the tap has gone: as counted last
             self._state = _State(state.rules, state.past, now or state.now)
+            self._record(state.sum(), self._state.sum())
+
+    def _record(self, before: dict[str, int], after: dict[str, int]) -> None:
+        """Two looks, for the trace."""
+        begin, self._looked = self._looked, time.monotonic_ns()
+        if self._recorder is None:
+            return
+        for way in WAYS:
+            front = f"{way}_fault_"
+            since = {
+                name.removeprefix(front): n - before.get(name, 0)
+                for name, n in after.items()
+                if name.startswith(front) and n != before.get(name, 0)
+            }
+            if since:
+                rules = [str(r) for r in self._state.rules if r.ways >> WAYS.index(way) & 1]
+                args: dict[str, object] = {"way": way, **since, "rules": " ".join(rules)}
+                self._recorder.step("faults by tc", begin, args, end=self._looked)
 
 
 class _State:

@@ -211,7 +211,7 @@ class Uplink:
         if place not in self.faults:
             from pyvmm.card.traffic import TapFaults
 
-            self.faults[place] = TapFaults(self._need_tap(net), self.namespace)
+            self.faults[place] = TapFaults(self._need_tap(net), self.namespace, self._recorder)
         return self.faults[place]
 
     def fault_points(self) -> list[ImpairPoint | BackendFaults | TapFaults]:

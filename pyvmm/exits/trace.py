@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 GUEST, VCPUS, KVM, NETS = 1, 2, 3, 10  # process numbers of the tracks; card n is NETS + n
 #: Threads of a card; worker k is WORKERS + k, and its packets are on a track of their own.
-SETUP, PATH, SWITCHES, KERNEL, WORKERS, PACKETS = 1, 2, 3, 4, 10, 100
+SETUP, PATH, SWITCHES, KERNEL, BY_TC, WORKERS, PACKETS = 1, 2, 3, 4, 5, 10, 100
 
 STATUS_BITS = {
     virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE: "ACKNOWLEDGE",
@@ -84,6 +84,8 @@ COMMAND_BITS = {
 CONTROL_CLASSES = ("RX", "MAC", "VLAN", "ANNOUNCE", "MQ", "GUEST_OFFLOADS", "NOTF_COAL", "STATS")
 #: Steps of the control plane that are on the track of hand-overs.
 HAND_OVER = ("hand-over", "hand-over step")
+#: Steps of a card that overlap others, and their tracks.
+TRACKS = {**dict.fromkeys(HAND_OVER, SWITCHES), "faults by tc": BY_TC}
 #: vhost-user requests by the meaning of their 64-bit value.
 VU_FEATURES = (vu.VHOST_USER_GET_FEATURES, vu.VHOST_USER_SET_FEATURES)
 VU_PROTOCOL = (vu.VHOST_USER_GET_PROTOCOL_FEATURES, vu.VHOST_USER_SET_PROTOCOL_FEATURES)
@@ -344,6 +346,7 @@ class _Trace:
             threads[pid, PATH] = "data path control"
             threads[pid, SWITCHES] = "hand-overs"
             threads[pid, KERNEL] = "kernel: kicks, frames, interrupts"
+            threads[pid, BY_TC] = "faults on demand, by tc"
         for group, name in self._recorder.tracks():
             where = self._worker_track(group, name)
             if where:
@@ -549,7 +552,7 @@ class _Trace:
             pid, tid = KVM, 1
             for index, nic in enumerate(self._all):
                 if group == nic.name:
-                    pid, tid = NETS + index, SWITCHES if name in HAND_OVER else PATH
+                    pid, tid = NETS + index, TRACKS.get(name, PATH)
             shown, details = self._step(name, args)
             event = self._span(shown, "control", begin, end - begin, pid, tid, details)
             tracks.setdefault((pid, tid), []).append(event)

@@ -80,6 +80,13 @@ DEEDS = {
     "extra-irq": "The driver gets an interrupt although it has asked for none.",
     "hold-kick": "The kick has woken the worker, which overlooks it for now.",
 }
+#: What tc counts of a tap, between two looks.
+BY_TC = {
+    "loss": "lost",
+    "full": "lost as too many waited",
+    "loss_or_full": "lost, or too many waited",
+    "rate": "times no tokens",
+}
 SENDS = (
     "The thread of the vCPU that kicked sends the frames itself, in its exit. Only if it does not "
     "get the worker's lock in time, the worker does."
@@ -385,6 +392,7 @@ class _Maker:
         if why:
             details.append(("why", why, False))
         src, dst, kind, group, label = VMM, path, "control", "data path started or stopped", name
+        at = event.at
         if name.startswith("hand-over"):
             self._hand_over(event)
             src, dst, kind, group = VMM, self._handed(event), "hand-over", "hand-over"
@@ -413,6 +421,9 @@ class _Maker:
         elif name == "fault":
             src, dst, kind, group = VMM, DRIVER, "fault", "fault on demand, once"
             label = f"fault on demand: {event.args.get('fault', '')}"
+        elif name == "faults by tc":
+            src, dst, label = self._by_tc(event)
+            kind, group, at = "fault", "faults on demand, by tc", event.at + event.dur
         elif name == "driver's mistake":
             src, dst, kind, group = DRIVER, VMM, "mistake", name
             label = f"mistake: {event.args.get('mistake', '')}"
@@ -424,9 +435,21 @@ class _Maker:
             kind=kind,
             flow=CONTROL,
             group=group,
+            at=at,
             dur=event.dur,
             details=details,
         )
+
+    @staticmethod
+    def _by_tc(event: Event) -> tuple[str, str, str]:
+        """Where tc has done something, between two looks at its counters, and what."""
+        args, out = event.args, event.args.get("way") == "tx"
+        deeds = ", ".join(
+            f"{number} {words}" for name, words in BY_TC.items() if (number := _number(args, name))
+        )
+        frames = f"{_plural(_number(args, 'frames'), 'frame')} to the {'host' if out else 'guest'}"
+        text = f"by tc, within {event.dur / 1e6:.3g} s: of {frames}, {deeds or 'none lost'}"
+        return (TAP, HOST, text) if out else (HOST, TAP, text)
 
     def _hand_over(self, event: Event) -> None:
         if " to " in event.name:

@@ -109,6 +109,8 @@ REGISTERS = [
 
 #: The control plane: ioctls of KVM and vhost (linux/kvm.h, linux/vhost.h), by prefix.
 STEPS = {
+    "faults by tc": "What the counters of tc's queues have grown by between two looks at them: tc "
+    "tells neither which frames these were, nor when within this time.",
     "KVM_SET_GSI_ROUTING": "Gives an MSI-X message a number, the GSI.",
     "KVM_IRQFD": "From now on a signal of the eventfd makes KVM send the message of this GSI.",
     "KVM_IOEVENTFD": "From now on a write to the address makes KVM signal the eventfd: no exit.",

@@ -39,13 +39,22 @@ def open_packets(tap: str, namespace: Namespace | None) -> Fd:
     return Fd(fds[0])
 
 
+def permit_captures(tap: str) -> None:
+    """Allow captures at a tap of the host when this process is confined."""
+    helper.permit("packets", _of_the_host(tap))
+
+
+def _of_the_host(tap: str) -> str:
+    return f"tap {tap}"  # no number of a namespace has a space
+
+
 def needs(words: list[str]) -> list[tuple[str, str]]:
     """The permissions of the helper that ``open_described`` with these words needs: for a tap of
-    the host, to open the tap itself; for one of a namespace, that the namespace is ours.
+    the host, that of ``permit_captures``; for one of a namespace, that the namespace is ours.
     """
     tap, *places = words
     if not places:
-        return [("tap", tap)]
+        return [("packets", _of_the_host(tap))]
     return [] if ours(int(places[0])) else [("packets", str(os.fstat(int(places[0])).st_ino))]
 
 

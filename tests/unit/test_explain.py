@@ -321,6 +321,10 @@ def test_faults_on_demand_are_arrows_where_they_happened() -> None:
     document["traceEvents"].append(event | {"ts": last + 8, "args": used})
     once = {"ph": "i", "s": "t", "cat": "control", "name": "fault", "pid": pid, "tid": 1}
     document["traceEvents"].append(once | {"ts": last + 9, "args": {"fault": "needs-reset"}})
+    span = {"ph": "X", "cat": "control", "name": "faults by tc", "pid": pid, "tid": 5, "dur": 2e6}
+    for way, counts in (("rx", {"frames": 7, "loss": 4}), ("tx", {"frames": 1, "full": EVIL})):
+        told = {"way": way, "rules": EVIL, **counts}
+        document["traceEvents"].append(span | {"ts": last + 10, "args": told})
     one = take(document, "x")
     drawn = Diagram(one, one.card(None))
     faults = [a for a in drawn.arrows if a.kind == "fault"]
@@ -337,6 +341,8 @@ def test_faults_on_demand_are_arrows_where_they_happened() -> None:
             "fault on demand: reorder-used: return chain 5 at [2], queue 0",
         ),
         ("vmm", "driver", "fault on demand: needs-reset"),
+        ("host", "tap", "by tc, within 2 s: of 7 frames to the guest, 4 lost"),
+        ("tap", "host", "by tc, within 2 s: of 1 frame to the host, none lost"),
     ]
     assert ("why", "The frame is lost.", False) in faults[0].details
     (data,) = embedded(page([("x", drawn)]))

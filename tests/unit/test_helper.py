@@ -166,7 +166,8 @@ def test_the_sandbox_permits_traffic_control_of_a_named_tap(
     box.wanted = True
     with pytest.raises(Sealed):
         box.enter([], [], lambda thread, why: None)
-    assert ("traffic", "t0") in permitted and ("traffic", "br0") not in permitted
+    assert {("traffic", "t0"), ("packets", "tap t0")} <= permitted
+    assert not {name for operation, name in permitted if operation != "interface"} & {"br0"}
 
 
 SIOCBRADDBR, IFF_UP, IFF_PROMISC = 0x89A0, 0x1, 0x100
@@ -196,6 +197,10 @@ def test_what_may_be_done_to_an_interface() -> None:
             Tc(unnamed.name, None).set({})
             with pytest.raises(UsageError, match="traffic control of o0: the sandbox has only"):
                 Tc("o0", None).set({})
+            open_packets(unnamed.name, None).close()
+            for other in ("o0", "br0", "lo"):
+                with pytest.raises(UsageError, match=f"tap {other}: the sandbox has only"):
+                    open_packets(other, None)
 
             def ask(name: str, request: int, data: bytes) -> bytes:
                 (out,), _ = one.ask(["interface", name, str(request), data.hex()])

@@ -23,6 +23,7 @@ from pyvmm.faultopt import of_text
 from pyvmm.hostnet import netns, traffic, userns
 from pyvmm.hostnet.rtnetlink import has_root_qdisc
 from pyvmm.hostnet.traffic import ROOT, Shape, Tc, control
+from pyvmm.kvm.recorder import Recorder
 from pyvmm.netopt import Net
 
 if TYPE_CHECKING:
@@ -242,6 +243,33 @@ def test_a_refused_change_counts_nothing_twice(kernel: Kernel, faults: TapFaults
     kernel.qdiscs["tap0"].pop()
     faults.close()
     assert faults.counters() == {**before, "rx_fault_cleared": 2}
+
+
+def test_the_trace_has_what_was_counted_between_two_looks(kernel: Kernel) -> None:
+    """Not more: tc knows no moment."""
+    kernel.add("tap0")
+    recorder = Recorder(1)
+    faults = TapFaults(cast("Tap", FakeTap()), None, recorder.scope("net0"))
+    faults.set(of_text(["both loss=50%"]))
+    faults.look()  # when nothing has come
+    kernel.qdiscs["tap0"][1].update(packets=3, drops=4)
+    faults.look()
+    faults.look()
+    kernel.qdiscs["tap0"][1].update(packets=5, drops=4)
+    kernel.qdiscs["pvifb100"][0].update(packets=1)
+    faults.set(of_text(["rx delay=1ms"]))
+    faults.close()
+    steps, _ = recorder.steps()
+    recorder.close()
+    assert [step[:2] for step in steps] == [("net0", "faults by tc")] * 3
+    words = {"rules": "both loss=50%"}
+    assert [step[4] for step in steps] == [
+        {"way": "rx", "frames": 7, "loss": 4, **words},
+        {"way": "rx", "frames": 2, **words},
+        {"way": "tx", "frames": 1, **words},
+    ]
+    assert all(begin < end for _, _, begin, end, _ in steps)
+    assert steps[0][3] <= steps[1][2] <= steps[1][3] == steps[2][3]
 
 
 def test_counters_do_not_wait_for_tc(
