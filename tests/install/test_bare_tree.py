@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.recorded import set_up_packages
+
 ROOT = Path(__file__).resolve().parents[2]
 MIRROR = os.environ.get("PYVMM_MIRROR", "http://deb.debian.org/debian")
 
@@ -103,14 +105,6 @@ def plant(release: str, directory: Path, *packages: str) -> Tree:
     made = Tree(directory)
     made.checkout()
     return made
-
-
-def set_up_packages() -> set[str]:
-    """All that tools/setup.sh installs by a list."""
-    script = (ROOT / "tools/setup.sh").read_text()
-    lists = re.findall(r'(?m)^\w*PACKAGES="([^"$]+)"$', script)
-    assert len(lists) == 4
-    return {name for one in lists for name in one.split()}
 
 
 @pytest.mark.parametrize("release", ["bookworm", "trixie"])

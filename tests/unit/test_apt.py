@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pwd
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from pyvmm.host import apt
 from pyvmm.host.apt import Apt, Package, apts_directory
 from pyvmm.images import sources
 from pyvmm.testbed import assets
-from tests.strangers import let_in
 
 DATA = b"a package"
 PACKAGE = Package("p", "1", len(DATA), hashlib.sha256(DATA).hexdigest(), "p_1_all.deb")
@@ -147,85 +144,6 @@ def test_the_newest_whole_kernel_is_found(monkeypatch: pytest.MonkeyPatch, cache
     assert found("7.1") == [f"linux-image-{old}", f"linux-binary-{old}"]
     with pytest.raises(HostError, match=r"no kernel 7\.2 for virtual"):
         found("7.2")
-
-
-#: The names of packages and what they depend on, as far as they matter here.
-UBUNTU = {
-    "24.04": """
-        linux-image-virtual 6.8.0-86.87: linux-image-6.8.0-86-generic, intel-microcode
-        linux-image-generic 6.8.0-86.87: linux-image-6.8.0-86-generic,
-          linux-modules-extra-6.8.0-86-generic
-        linux-image-6.8.0-86-generic 6.8.0-86.87: kmod, linux-base, linux-modules-6.8.0-86-generic
-        linux-image-6.8.0-31-generic 6.8.0-31.31: kmod, linux-base, linux-modules-6.8.0-31-generic
-        linux-image-unsigned-6.8.0-86-generic 6.8.0-86.87: linux-modules-6.8.0-86-generic
-        linux-image-6.8.0-86-lowlatency 6.8.0-86.87: linux-modules-6.8.0-86-lowlatency
-        linux-modules-6.8.0-86-generic 6.8.0-86.87:
-        linux-modules-6.8.0-31-generic 6.8.0-31.31:
-        linux-modules-extra-6.8.0-86-generic 6.8.0-86.87: linux-modules-6.8.0-86-generic
-        """,
-    "22.04": """
-        linux-image-virtual 5.15.0.161.157: linux-image-5.15.0-161-generic
-        linux-image-5.15.0-161-generic 5.15.0-161.171: kmod, linux-base,
-          linux-modules-5.15.0-161-generic
-        linux-image-6.8.0-87-generic 6.8.0-87.88~22.04.1: kmod, linux-base,
-          linux-modules-6.8.0-87-generic
-        linux-modules-5.15.0-161-generic 5.15.0-161.171:
-        linux-modules-6.8.0-87-generic 6.8.0-87.88~22.04.1:
-        """,
-}
-
-
-def packages_of(text: str) -> str:
-    """The list as an archive has it."""
-    entries = re.findall(r"(\S+) (\S+):((?:[^:]*\n(?= {10}))?.*)", text)
-    return "\n".join(
-        f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: x\n"
-        f"Depends: {' '.join(needs.split()) or 'kmod'}\nFilename: ./{name}.deb\nSize: 1\n"
-        f"SHA256: {hashlib.sha256(name.encode()).hexdigest()}\n"
-        for name, version, needs in entries
-    )
-
-
-@pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt")
-@pytest.mark.parametrize("release", UBUNTU)
-def test_ubuntus_kernels_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str
-) -> None:
-    """By the real apt, on a system that knows Ubuntu's names only."""
-    let_in(tmp_path)
-    (tmp_path / "archive").mkdir()
-    (tmp_path / "archive/Packages").write_text(packages_of(UBUNTU[release]))
-    (tmp_path / "sources.list").write_text(f"deb [trusted=yes] file:{tmp_path}/archive ./\n")
-    (tmp_path / "status").write_text("")
-    settings = {
-        "Dir::Etc::SourceList": tmp_path / "sources.list",
-        "Dir::Etc::SourceParts": "/dev/null",
-        "Dir::State::Status": tmp_path / "status",
-        "APT::Architecture": "amd64",
-    }
-    (tmp_path / "apt.conf").write_text("".join(f'{k} "{v}";\n' for k, v in settings.items()))
-    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
-    monkeypatch.setattr(apt, "codename", lambda: "")  # which is that of a Debian
-    init = Apt.__init__
-
-    def private(self: Apt, *args: Any) -> None:
-        init(self, *args)
-        self._private = True
-
-    monkeypatch.setattr(Apt, "__init__", private)
-    places = sources.recipe()["kernel"]
-
-    def found(series: str | None) -> list[str]:
-        return apt.find_kernel_package(places, series, lambda _: None)[1]
-
-    number = {"24.04": "6.8.0-86", "22.04": "5.15.0-161"}[release]
-    wanted = [f"linux-image-{number}-generic", f"linux-modules-{number}-generic"]
-    assert found(None) == found(number.rpartition(".")[0]) == wanted
-    if release == "22.04":  # the newer one is in the archive, but not the release's own
-        assert found("6.8")[0] == "linux-image-6.8.0-87-generic"
-    with pytest.raises(HostError, match="name no Debian mirror"):
-        found("6.12")
-    assert f"{number}-generic".endswith(assets.FLAVOURS)
 
 
 def test_kernels_are_known_by_the_ends_of_their_names() -> None:
