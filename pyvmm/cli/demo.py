@@ -125,8 +125,11 @@ def _demo(args: argparse.Namespace) -> int:
     return status
 
 
-def _stage(machine: Machine, name: str, story: Story, limit: float = 180) -> str:
-    """Wait until the guest has reached stage ``name``; returns its output of the stage before."""
+def _stage(machine: Machine, name: str, story: Story, limit: float = 600) -> str:
+    """Wait until the guest has reached stage ``name``; returns its output of the stage before.
+
+    :param limit: seconds, for a guest that is emulated on a busy machine.
+    """
 
     until = time.monotonic() + limit
     while True:
@@ -139,7 +142,8 @@ def _stage(machine: Machine, name: str, story: Story, limit: float = 180) -> str
                 raise outcome.error() or GuestEnded("the guest ended before the demo did") from None
             if time.monotonic() > until:
                 raise GuestTimeout(
-                    f"the guest did not get to {name!r} within {limit:g} s"
+                    f"the guest did not get to {name!r} within {limit:g} s",
+                    "an emulated guest needs an idle machine; its console: pyvmm run",
                 ) from None
             story.head(
                 "waiting for the guest "
