@@ -8,6 +8,7 @@ the machine's I/O lock. A job may take the I/O lock, for a moment and between co
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 #: Seconds that a job may still take once all conversations have been cut: it needs none but those
-#: that a busy machine takes to run its thread. Then it is given up.
-AFTER_CUT_S = 5.0
+#: that a busy machine takes to run its thread, which are more under emulation. Then it is given up.
+AFTER_CUT_S = 5.0 if "PYVMM_IN_TESTBED" not in os.environ else 20.0
 
 
 class CardThread:
