@@ -190,7 +190,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--initrd",
         metavar="I",
         action="append",
-        help="initial RAM disk, or the name of an image to take its; repeatable",
+        help="initial RAM disk, or the name of an image to take its (of the image, with --root and "
+        "--share); repeatable",
     )
     add("--add", metavar="F[:PATH]", action="append", default=[], help=ADD_HELP)
     add("--share", metavar="DIR[:PATH][:rw]", action="append", default=[], help=SHARE_HELP)
@@ -379,7 +380,7 @@ def run(args: argparse.Namespace) -> int:
                 "--detach: a machine in the background cannot read standard input",
                 "give a command: pyvmm run --detach --name NAME -- COMMAND",
             )
-        args.initrd = [_initrd(name) for name in args.initrd or ()]
+        args.initrd = _initrds(args)
         _check(args)
         return detach(args)
     if use == "nothing":
@@ -405,7 +406,7 @@ def run(args: argparse.Namespace) -> int:
         own = args.jail is not None or any("fd=" in net for net in args.net or ())
         if not own and surely_here(args.host, vhost=vhost):
             _start_helper(args, stack)
-        args.initrd = [_initrd(name) for name in args.initrd or ()]
+        args.initrd = _initrds(args)
         _check(args)
         if any(map(_is_pipe, (args.kernel, *args.initrd))):
             from pyvmm.cli.support.pipes import Kept
@@ -559,11 +560,21 @@ def _start_helper(args: argparse.Namespace, stack: ExitStack) -> None:
         stack.enter_context(helper.start())
 
 
-def _initrd(name: str) -> str:
-    """The path of an initrd, which may be that of an image."""
+def _initrds(args: argparse.Namespace) -> list[str]:
+    """The paths of the initrds, which may be named by their images. What --root and --share give,
+    our init mounts: so a kernel of the user's gets the image's initrd with them.
+    """
+    mounts = args.kernel is not None and (args.root is not None or args.share)
+    if not args.initrd and not mounts:
+        return []
     from pyvmm.images import find, is_name
 
-    return find(name).initrd if is_name(name) and not os.path.exists(name) else name  # noqa: PTH110
+    if not args.initrd:
+        return [find(args.image or "default").initrd]
+    return [
+        find(name).initrd if is_name(name) and not os.path.exists(name) else name  # noqa: PTH110
+        for name in args.initrd
+    ]
 
 
 def _is_pipe(path: str | None) -> bool:

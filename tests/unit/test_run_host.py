@@ -102,6 +102,20 @@ def test_an_open_pipe_may_still_bring_words() -> None:
         os.close(write)
 
 
+@pytest.mark.parametrize("option", ["--root", "--share"])
+def test_what_our_init_mounts_brings_the_image_s_initrd(option: str, tmp_path: Path) -> None:
+    """There is no image, and so no initrd, unless one is named."""
+    (tmp_path / "kernel").write_text("no kernel\n")
+    own = ("--kernel", str(tmp_path / "kernel"))
+    without = run(subprocess.DEVNULL, "--image", "other", "--", "true")
+    assert without[0] == 105 and "'other'" in without[1]
+    asked = run(subprocess.DEVNULL, *own, "--image", "other", option, "/usr", "--", "true")
+    assert asked == without
+    for args in ((option, "/usr", "--initrd", "/nonexistent/initrd"), ()):
+        status, err = run(subprocess.DEVNULL, *own, *args, "--", "true")
+        assert status == 105 and own[1] in err, "no image is looked for"
+
+
 # --- where it runs --------------------------------------------------------------------------------
 
 
