@@ -9,6 +9,7 @@ import zlib
 from lzma import LZMAError
 
 from pyvmm.errors import ImageError
+from pyvmm.images import kmod
 from pyvmm.images.cpio import HostFile
 from pyvmm.images.kernel import decompress, modinfo_items, module_name
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".ko", ".ko.gz", ".ko.xz", ".ko.zst")
 #: Files of a tree by which it is known.
 MARKS = ("kernel", "modules.dep", "modules.order", "modules.builtin")
-#: What depmod writes and cannot stay as it is when names of files change: kmod's index of paths.
-INDEX = "modules.dep.bin"
+#: Indexes that kmod's modprobe reads in place of texts (pyvmm/images/kmod.py).
+DEP_BIN, ALIAS_BIN, BUILTIN_BIN = "modules.dep.bin", "modules.alias.bin", "modules.builtin.bin"
 
 
 class Tree:
@@ -61,7 +62,7 @@ class Tree:
         if not self._modules:
             raise self._bad("has no kernel modules")
         self.needs: dict[str, list[str]] = {}
-        self._aliases = ""
+        self._aliases: list[tuple[str, str]] = []  # pattern, module
 
     def _bad(self, cause: str) -> ImageError:
         return ImageError(
@@ -134,7 +135,6 @@ class Tree:
         :raises ImageError: a module cannot be read or unpacked.
         """
         base = f"lib/modules/{self.version}"
-        packed = any(not path.endswith(".ko") for path in self._modules)
         dep = _text(self._others.get("modules.dep", ""))
         infos: dict[str, list[tuple[str, str]]] = {}
         for path, host in sorted(self._modules.items()):
@@ -157,28 +157,39 @@ class Tree:
                     f"module {host!r} cannot be packed for the guest: {e}",
                     "install the modules again, or remove this one",
                 ) from e
-        names = {module_name(os.path.basename(path)) for path in self._modules}
+        names = {_name(path) for path in self._modules}
         for path, needs in _parse(beneath).items():
-            if module_name(os.path.basename(path)) not in names:
+            if _name(path) not in names:
                 self.needs[path] = needs
         if dep:
             self.needs |= _parse(dep)
         else:
             self._make(infos)
         for name, host in sorted(self._others.items()):
-            if name in ("modules.dep", "modules.order") or (name == INDEX and (packed or not dep)):
+            if name in ("modules.dep", "modules.order", DEP_BIN):  # paths may have changed
                 continue
             archive.host_file(place(f"{base}/{name}", host), HostFile(host))
+
+        def made(name: str, data: bytes) -> None:
+            archive.file(place(f"{base}/{name}", name), data)
+
         lines = [
-            f"{path}:{''.join(f' {n}' for n in needs)}\n" for path, needs in self.needs.items()
+            (_name(path), f"{path}:{''.join(f' {n}' for n in needs)}")
+            for path, needs in self.needs.items()
         ]
-        archive.file(place(f"{base}/modules.dep", "modules.dep"), os.fsencode("".join(lines)))
+        made("modules.dep", os.fsencode("".join(f"{line}\n" for _, line in lines)))
+        made(DEP_BIN, kmod.index(lines))
         if not dep:
-            archive.file(place(f"{base}/modules.alias", "modules.alias"), self._aliases.encode())
+            text = "".join(f"alias {alias} {name}\n" for alias, name in self._aliases)
+            made("modules.alias", text.encode())
+            made(ALIAS_BIN, kmod.index((kmod.pattern(a), name) for a, name in self._aliases))
+        if BUILTIN_BIN not in self._others:
+            builtin = _text(self._others.get("modules.builtin", "")).split()
+            made(BUILTIN_BIN, kmod.index((_name(path), "") for path in builtin))
 
     def _make(self, infos: dict[str, list[tuple[str, str]]]) -> None:
-        """Make modules.dep and modules.alias, as depmod does, from what the modules say."""
-        by_name = {module_name(os.path.basename(path)): path for path in (*self.needs, *infos)}
+        """Find dependencies and aliases, as depmod does, by what the modules say."""
+        by_name = {_name(path): path for path in (*self.needs, *infos)}
         direct = self.needs | {
             path: [
                 by_name[module_name(name)]
@@ -201,24 +212,29 @@ class Tree:
 
         for path in infos:
             self.needs[path] = list(closure(path, {}, {path}))[::-1]
-        self._aliases = "".join(
-            f"alias {value} {module_name(os.path.basename(path))}\n"
+        self._aliases = [
+            (value, _name(path))
             for path, info in infos.items()
             for key, value in info
             if key == "alias"
-        )
+        ]
 
     def load_order(self, names: list[str]) -> list[str]:
         """The paths of these modules and of all that they need, in the order of loading. A module
         that the tree does not have may be built in, and is left out.
         """
-        by_name = {module_name(os.path.basename(path)): path for path in self.needs}
+        by_name = {_name(path): path for path in self.needs}
         out: dict[str, None] = {}
         for name in names:
             if name in by_name:
                 path = by_name[name]
                 out.update(dict.fromkeys([*reversed(self.needs[path]), path]))
         return list(out)
+
+
+def _name(path: str) -> str:
+    """The name of the module in a file."""
+    return module_name(os.path.basename(path))
 
 
 def _is_tree(path: str) -> bool:
