@@ -53,12 +53,15 @@ REASONS = {
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
     ("docs/disk.md", "pyvmm run --disk base"): "needs the reader's images, see test_disk",
     ("docs/disk.md", "qemu-img create"): "needs the reader's images, see test_disk",
+    ("docs/kselftest.md", "pyvmm run --kernel"): "needs the source of a kernel",
+    ("docs/kselftest.md", "pyvmm run --root"): "needs the source of a kernel",
+    ("docs/kselftest.md", "export PATH"): "needs the source of a kernel, see test_kselftest",
+    ("docs/kselftest.md", "export PYVMM_CONFIG"): "needs the source of a kernel",
+    ("docs/kselftest.md", "pyvmm image build"): "downloads a kernel",
     ("docs/kunit.md", "export PATH"): "compiles a kernel, see tests/unit/test_kunit.py",
     ("docs/kunit.md", "./tools/testing"): "compiles a kernel, see tests/unit/test_kunit.py",
     ("docs/root.md", "debootstrap"): "fetches a Debian, see tests/boot/test_tree.py",
     ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",
-    ("docs/virtme-ng.md", "pyvmm run --share"): "needs the source of a kernel",
-    ("docs/virtme-ng.md", "pyvmm run --root / --share"): "needs the source of a kernel",
     ("docs/share.md", "pyvmm run --share ~/cases"): "needs the reader's files, see test_share",
     ("docs/device-stats.md", "pyvmm run --image 6.12"): "needs another image, see test_net",
     ("docs/features.md", "pyvmm image build"): "boots fourteen guests, on Linux 6.12",
@@ -173,7 +176,7 @@ VNG_REASONS = {
     "pyvmm run BZ --modules . --root / -- true": "needs a kernel's build tree",
     "pyvmm run --root /": "is typed at a console",
 }
-BZ = "--kernel arch/x86/boot/bzImage --initrd default"
+BZ = "--kernel arch/x86/boot/bzImage"
 
 
 def vng_rows() -> list[str]:
