@@ -3,7 +3,8 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
+
+#include "event.h"
 
 _Static_assert(PV_CABLE_BYTES % sizeof(struct pv_frame_head) == 0, "a mark to skip always fits");
 
@@ -74,7 +75,7 @@ struct pv_cable_end *pv_cable_end(struct pv_cable *c, int end)
  */
 void pv_cable_ring(const struct pv_cable_end *end)
 {
-	(void)!write(end->far_bell, &(uint64_t){1}, sizeof(uint64_t));
+	pv_event_signal(end->far_bell);
 }
 
 /**

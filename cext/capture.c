@@ -12,7 +12,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <unistd.h>
+
+#include "event.h"
 
 #define NOTES	    8	       /* that wait for their packets */
 #define HDR_MAX	    24	       /* struct virtio_net_hdr_v1_hash_tunnel */
@@ -424,7 +425,7 @@ static void wake(struct pv_capture *c, uint64_t tail)
 		return;
 	if (!sleeps)
 		c->told = tail;
-	(void)!write(c->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+	pv_event_signal(c->wake_fd);
 }
 
 /**

@@ -8,6 +8,7 @@
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
+#include <linux/futex.h>
 #include <linux/if_tun.h>
 #include <linux/kvm.h>
 #include <linux/keyctl.h>
@@ -170,8 +171,8 @@ static void on_violation(int sig, siginfo_t *info, void *context)
 		return;
 	}
 	thread_stopped(info->si_syscall);
-	for (;;)
-		poll(NULL, 0, -1);
+	for (;;) /* nobody ever wakes it */
+		syscall(SYS_futex, &(uint32_t){0}, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
 }
 
 /**
@@ -285,9 +286,22 @@ static int filter_install(struct sock_filter *f, size_t len, uint32_t flags)
 #endif
 }
 
+/*
+ * What each thread with a list needs: locks, or to be parked (on_violation); to go on after it was
+ * interrupted; its end. A call without a time-out goes on by itself after a stop (SIGSTOP), others
+ * return EINTR: poll(2) would need restart_syscall, ppoll(2) does not.
+ */
+static const uint16_t thread_calls[] = {SYS_futex, SYS_rt_sigreturn, SYS_exit};
+/*
+ * What the C library asks for at the thread's end, and gets along without. The stack's pages remain
+ * until the next thread uses them. Signals that are not blocked meanwhile do no harm, because
+ * their handlers need nothing of what is taken down.
+ */
+static const uint16_t thread_refused[] = {SYS_madvise, SYS_rt_sigprocmask};
+
 /**
  * pv_confine_thread() - Leave this thread these system calls alone, for good
- * @calls:	Their numbers; those that the handler of SIGSYS needs are added
+ * @calls:	Their numbers; those that each such thread needs are added (thread_calls)
  * @count:	How many
  * @stopped:	Called in the thread with the number of a call that it may not make; may make the
  *		allowed calls only, and returns: the thread stays where it is
@@ -296,18 +310,17 @@ static int filter_install(struct sock_filter *f, size_t len, uint32_t flags)
  */
 int pv_confine_thread(const uint16_t *calls, size_t count, void (*stopped)(int call))
 {
-	struct sock_filter f[HEAD + 2 * (CALLS_MAX + 2) + 1];
+	const size_t common = sizeof(thread_calls) / sizeof(thread_calls[0]);
+	const size_t refused = sizeof(thread_refused) / sizeof(thread_refused[0]);
+	struct sock_filter f[HEAD + 2 * CALLS_MAX + 1];
 	size_t n = filter_head(f);
 	int error;
 
-	if (count > CALLS_MAX)
+	if (count + common + refused > CALLS_MAX)
 		return -E2BIG;
 	n = allow_calls(f, n, calls, count);
-	f[n++] = unless(SYS_poll, 1);
-	f[n++] = answer(SECCOMP_RET_ALLOW);
-	/* A stop (SIGSTOP) interrupts poll and the like, and this goes on with them. */
-	f[n++] = unless(SYS_restart_syscall, 1);
-	f[n++] = answer(SECCOMP_RET_ALLOW);
+	n = allow_calls(f, n, thread_calls, common);
+	n = refuse_calls(f, n, thread_refused, refused, EPERM);
 	f[n++] = answer(SECCOMP_RET_TRAP);
 	thread_stopped = stopped;
 	error = filter_install(f, n, 0);

@@ -30,6 +30,7 @@ int pv_interrupt_signal(void);
 int pv_interrupt_init(void);
 void pv_interrupt(pthread_t thread);
 void pv_event_add(int fd);
+void pv_event_signal(int fd);
 bool pv_event_take(int fd);
 /* cffi: begin */
 void pv_event_nudge(int fd);

@@ -2,8 +2,9 @@
 #include "ioctl.h"
 
 #include <errno.h>
+#include <poll.h>
+#include <stddef.h>
 #include <sys/ioctl.h>
-#include <time.h>
 
 #define INTERRUPTED_MAX 10 /* tries after the first; the pauses add up to 0.1 s */
 
@@ -25,7 +26,7 @@ int pv_ioctl(int fd, unsigned long request, void *arg)
 	int ret = ioctl(fd, request, arg);
 
 	for (int i = 0; ret < 0 && errno == EINTR && i < INTERRUPTED_MAX; i++) {
-		nanosleep(&pause, NULL);
+		ppoll(NULL, 0, &pause, NULL); /* which packet workers have anyway */
 		pause.tv_nsec *= 2;
 		ret = ioctl(fd, request, arg);
 	}

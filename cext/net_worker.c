@@ -10,6 +10,7 @@
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "cable.h"
@@ -206,15 +207,6 @@ static uint64_t now_us(void)
 	return pv_now_ns() / 1000;
 }
 
-/*
- * Add 1 to an eventfd of our own. Fails only if its counter is full, and then its reader has been
- * told.
- */
-static void signal_fd(int fd)
-{
-	(void)!write(fd, &(uint64_t){1}, sizeof(uint64_t));
-}
-
 static bool stopping(const struct pv_net_worker *w)
 {
 	return __atomic_load_n(&w->stop, __ATOMIC_ACQUIRE);
@@ -236,7 +228,7 @@ static void report(struct pv_net_worker *w, struct pv_net_event ev)
 		__atomic_store_n(&w->count.events_missed, w->count.events_missed + 1,
 				 __ATOMIC_RELEASE);
 	}
-	signal_fd(w->cfg.event_fd);
+	pv_event_signal(w->cfg.event_fd);
 }
 
 /* For the trace: a batch began at the latest with what was noted here last. */
@@ -574,9 +566,10 @@ static int watch(struct pv_net_worker *w, int fd, uint32_t what, uint32_t events
 static int woken(struct pv_net_worker *w)
 {
 	uint64_t count;
+	struct iovec v = {.iov_base = &count, .iov_len = sizeof(count)};
 	int fd;
 
-	(void)!read(w->wake_fd, &count, sizeof(count));
+	(void)!readv(w->wake_fd, &v, 1);
 	if (stopping(w))
 		return 0;
 	fd = __atomic_exchange_n(&w->attach, -1, __ATOMIC_ACQUIRE);
@@ -1919,7 +1912,7 @@ static bool net_round(struct pv_net_worker *w)
 	if (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) == HOLD_ASKED) {
 		back_ends(w, TX);
 		__atomic_store_n(&w->hold, HOLD_DONE, __ATOMIC_RELEASE);
-		signal_fd(w->answer_fd);
+		pv_event_signal(w->answer_fd);
 	}
 	(void)decide_delayed(w);
 	if (w->cfg.cable)
@@ -2314,7 +2307,7 @@ static void take_kick(struct pv_taker *t)
 	w->by_kicker = false;
 	pthread_mutex_unlock(&w->lock);
 	if (wake)
-		signal_fd(w->wake_fd);
+		pv_event_signal(w->wake_fd);
 }
 
 /**
@@ -2409,11 +2402,9 @@ void pv_net_worker_free(struct pv_net_worker *w)
 	free(w);
 }
 
-/* What remains to the thread: see the theory of operation. */
+/* What remains to the thread, beside what each such thread has: see the theory of operation. */
 static const uint16_t calls[] = {
-	SYS_epoll_pwait2, SYS_epoll_ctl, SYS_readv,	     SYS_writev,
-	SYS_read,	  SYS_write,	 SYS_clock_gettime,  SYS_futex,
-	SYS_madvise,	  SYS_exit,	 SYS_rt_sigprocmask, SYS_rt_sigreturn,
+	SYS_epoll_pwait2, SYS_epoll_ctl, SYS_readv, SYS_writev, SYS_ppoll, SYS_clock_gettime,
 };
 
 /* The thread has made another call, as if somebody else were in control of it. */
@@ -2423,7 +2414,7 @@ static void stopped(void *arg, int call)
 }
 
 /* What it needs beside these to raise interrupts by an ioctl. */
-static const uint16_t inject_calls[] = {SYS_ioctl, SYS_clock_nanosleep};
+static const uint16_t inject_calls[] = {SYS_ioctl};
 /* And on a cable with two ends. */
 static const uint16_t cable_calls[] = {SYS_sched_yield};
 
@@ -2600,7 +2591,7 @@ int pv_net_worker_hold(struct pv_net_worker *w, int timeout_ms)
 	if (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) == HOLD_NO) {
 		/* Release: the worker that sees this sees answer_fd. */
 		__atomic_store_n(&w->hold, HOLD_ASKED, __ATOMIC_RELEASE);
-		signal_fd(w->wake_fd);
+		pv_event_signal(w->wake_fd);
 	}
 	while (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) != HOLD_DONE) {
 		uint64_t now = pv_now_ns();
@@ -2636,7 +2627,7 @@ void pv_net_worker_stop(struct pv_net_worker *w, bool finish)
 	if (finish)
 		__atomic_store_n(&w->finish, 1, __ATOMIC_RELAXED);
 	__atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
-	signal_fd(w->wake_fd);
+	pv_event_signal(w->wake_fd);
 }
 
 /**
@@ -2659,7 +2650,7 @@ void pv_net_worker_join(struct pv_net_worker *w)
 void pv_net_worker_attach(struct pv_net_worker *w, int fd)
 {
 	__atomic_store_n(&w->attach, fd, __ATOMIC_RELEASE);
-	signal_fd(w->wake_fd);
+	pv_event_signal(w->wake_fd);
 }
 
 /**

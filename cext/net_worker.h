@@ -71,15 +71,13 @@
  * error, since each of them comes once and has its slot kept free; of link changes, which have no
  * such bound, it may lose some in the middle, but not the latest state.
  *
- * Before it looks at its rings, the thread is confined to fourteen system calls (confine.h). The
- * loop uses epoll_pwait2, epoll_ctl, readv, writev, read (wake_fd), write (the call eventfds,
- * event_fd and answer_fd), poll (before a write to a call eventfd, which a peer may share: event.h)
- * and, if the vDSO cannot tell the time, clock_gettime. Its end adds clock_gettime (CPU time),
- * rt_sigprocmask, madvise, exit and, against pthread_kill() in the thread that joins it, futex, the
- * last four from the C library; if it has to be interrupted, rt_sigreturn; if it is stopped
- * (SIGSTOP), restart_syscall. Name, CPU and timer slack are set before. strace -f on
- * tests/fuzz/race_net shows it. With interrupts by ioctl, the thread has ioctl and clock_nanosleep
- * (pv_ioctl()), too; on a cable with two ends, sched_yield.
+ * Before it looks at its rings, the thread is confined to nine system calls (confine.h). The loop
+ * uses epoll_pwait2, epoll_ctl, readv (the tap, and wake_fd), writev (the tap, and eventfds), ppoll
+ * (before a write to a call eventfd, which a peer may share: event.h), futex (locks) and, if the
+ * vDSO cannot tell the time, clock_gettime. Its end adds clock_gettime (CPU time) and exit; if it
+ * has to be interrupted, rt_sigreturn. Name, CPU and timer slack are set before. strace -f on
+ * tests/fuzz/race_net shows it. With interrupts by ioctl, the thread has ioctl, too; on a cable
+ * with two ends, sched_yield. There may be ten at most (tests/lint/test_sandbox.py).
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H

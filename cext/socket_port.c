@@ -267,13 +267,15 @@ static enum turn turn_in(struct pv_socket_port *p)
 static void wait_for(struct pv_socket_port *p, enum turn out, enum turn in)
 {
 	struct pollfd fds[] = {{.fd = p->cfg.fd}, {.fd = p->cfg.inner}};
+	const struct timespec now = {0};
 
 	fds[0].events = (short)((in == TURN_FULL ? 0 : POLLIN) | (out == TURN_FULL ? POLLOUT : 0));
 	fds[1].events = (short)((out == TURN_FULL ? 0 : POLLIN) | (in == TURN_FULL ? POLLOUT : 0));
 	/* What a peer that has gone has sent is still to be passed on: its end would be no news. */
 	if (!fds[0].events)
 		fds[0].fd = -1;
-	if (poll(fds, 2, out == TURN_MORE || in == TURN_MORE ? 0 : -1) < 0 && errno != EINTR)
+	if (ppoll(fds, 2, out == TURN_MORE || in == TURN_MORE ? &now : NULL, NULL) < 0 &&
+	    errno != EINTR)
 		finish(p, PV_SOCKET_ERROR, (uint32_t)errno);
 	else if (fds[1].revents & (POLLHUP | POLLERR))
 		finish(p, PV_SOCKET_LEFT, 0);
@@ -281,10 +283,9 @@ static void wait_for(struct pv_socket_port *p, enum turn out, enum turn in)
 		finish(p, PV_SOCKET_CLOSED, 0);
 }
 
-/* What remains to the thread, beside poll(): its work, then what the C library calls at its end. */
+/* What remains to the thread, beside what each such thread has: its work, and its CPU time. */
 static const uint16_t calls[] = {
-	SYS_recvmsg, SYS_sendmsg, SYS_shutdown,	      SYS_clock_gettime, SYS_futex,
-	SYS_madvise, SYS_exit,	  SYS_rt_sigprocmask, SYS_rt_sigreturn,
+	SYS_recvmsg, SYS_sendmsg, SYS_shutdown, SYS_ppoll, SYS_clock_gettime,
 };
 
 static void stopped(void *arg, int call)

@@ -27,13 +27,6 @@ def in_requests(file: str, name: str) -> set[str]:
     return set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", re.sub(r"/\*.*?\*/", "", block, flags=re.S)))
 
 
-def added() -> set[str]:
-    """What ``pv_confine_thread`` adds to the list of each thread."""
-    source = (ROOT / "cext/confine.c").read_text(encoding="utf-8")
-    thread = source.split("int pv_confine_thread(", 1)[1].split("\n}", 1)[0]
-    return set(re.findall(r"SYS_(\w+)", thread))
-
-
 def requests() -> set[str]:
     """The requests of a vDPA device."""
     source = (ROOT / "pyvmm/backend/vduse.py").read_text(encoding="utf-8")
@@ -43,15 +36,17 @@ def requests() -> set[str]:
 
 def lists() -> dict[str, set[str]]:
     """Mark in the page -> the list in force."""
+    thread = in_source("confine.c", "thread_calls")
     return {
         "machine": in_source("confine.c", "machine_calls"),
         "machine-refused": in_source("confine.c", "machine_refused"),
         "vcpu": in_source("confine.c", "vcpu_calls"),
         "vcpu-requests": in_requests("confine.c", "vcpu_ioctls"),
         "vcpu-refused": in_source("confine.c", "vcpu_refused"),
-        "worker": in_source("net_worker.c", "calls") | added(),
+        "worker": in_source("net_worker.c", "calls") | thread,
+        "worker-refused": in_source("confine.c", "thread_refused"),
         "worker-ioctl": in_source("net_worker.c", "inject_calls"),
-        "socket": in_source("socket_port.c", "calls") | added(),
+        "socket": in_source("socket_port.c", "calls") | thread,
         "worker-cable": in_source("net_worker.c", "cable_calls"),
         "process": in_source("confine.c", "process_calls"),
         "backend": in_source("confine.c", "backend_calls"),

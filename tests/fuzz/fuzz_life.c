@@ -167,9 +167,9 @@ static void step(struct pv_net_worker *w)
 	let_kickers(w, false);
 	for (int round = 0; net_round(w); round++)
 		CHECK(round < ROUNDS);
-	signal_fd(w->wake_fd);
+	pv_event_signal(w->wake_fd);
 	CHECK((w->cfg.poll_us ? spin(w) : linger(w)) >= 0);
-	signal_fd(w->wake_fd);
+	pv_event_signal(w->wake_fd);
 	if (!w->cfg.poll_us)
 		CHECK(net_sleep(w) >= 0);
 	let_kickers(w, true);

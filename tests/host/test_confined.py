@@ -95,6 +95,35 @@ def test_a_worker_is_stopped(guest: Guest, tmp_path: Path, call: int, sandbox: s
     assert told["verdict"] == "thread-stopped", told
 
 
+@pytest.mark.parametrize("more", ["", ",interrupt=ioctl"])
+def test_a_worker_survives_stops_of_its_process(guest: Guest, tmp_path: Path, more: str) -> None:
+    """SIGSTOP interrupts whichever call the worker is in, and SIGCONT has it go on. The worker may
+    not ask for restart_syscall, by which the kernel goes on with some calls.
+    """
+    report, name = tmp_path / "r.json", f"stops-{os.getpid()}"
+    argv = [*PYVMM, "run", "--host", "local", "--kernel", guest("pcinet"), "--memory", "4M"]
+    argv += ["--append", "count=1000000000", "--net", f"emulated{more}", "--report", str(report)]
+    argv += ["--name", name]
+    with subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as vm:
+        try:
+            assert wait_for(lambda: confined_worker(vm.pid, 2))
+            for _ in range(25):
+                vm.send_signal(signal.SIGSTOP)
+                assert wait_for(lambda: status_of(vm.pid, "State") == "T"), vm.poll()
+                vm.send_signal(signal.SIGCONT)
+                assert wait_for(lambda: status_of(vm.pid, "State") != "T"), vm.poll()
+            assert wait_for(lambda: confined_worker(vm.pid, 2)), "it has not been parked"
+            subprocess.run([*PYVMM, "quit", "--host", "local", name], cwd=ROOT, check=True)
+            _, err = vm.communicate(timeout=PATIENCE)
+        finally:
+            vm.kill()
+    assert vm.returncode == 0 and "was stopped" not in err, err
+    (nic,) = json.loads(report.read_text())["nets"]
+    assert nic["mode"] == "emulated", nic
+
+
 def test_our_own_backend_is_confined(guest: Guest, tmp_path: Path) -> None:
     """It has no capability, no path and few system calls, and serves all the same. What it may not
     do kills it; the machine gets another one, and says why.
