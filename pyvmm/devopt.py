@@ -4,7 +4,10 @@ Python ``pyvmm.Device("vhost-user", id="rng", socket="/run/rng.sock")``.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from pyvmm.errors import UsageError, VhostUserError, did_you_mean
+from pyvmm.fd import Fd
 from pyvmm.netopt import UID_MAX, number
 from pyvmm.spec import virtio, virtio_config
 from pyvmm.spec.vhost_user import VHOST_USER_MAX_CONFIG_SIZE
@@ -224,6 +227,18 @@ class Device:
     def abandon(self) -> None:
         """Called in the end: release what was begun, and not taken by ``connector``."""
 
+    def detach(self) -> list[int]:
+        """Called before ``begin`` where another process will do that, which has none of the host's
+        files (docs/jail.md): open what the back-end serves. Returns descriptors that the process
+        needs; the device owns them until ``attached``.
+
+        :raises OSError: the kernel or a sandbox does not allow this, or a file has been replaced.
+        """
+        return []
+
+    def attached(self) -> None:
+        """Close the descriptors of ``detach``, if there are any."""
+
     def substitute(self) -> RingServer | None:
         """What serves the virtqueues once the back-end has gone, if none can take its place; owned
         by the caller. None: wait for the next back-end.
@@ -254,6 +269,8 @@ class StartedDevice(Device):
     timeout = 30.0
     _begun: ChildConnector | None = None
     _connector: ChildConnector | None = None
+    #: Paths -> their mounts; empty where the back-end finds the paths itself.
+    _mounts: Mapping[str, Fd] = MappingProxyType({})
 
     def start_backend(self) -> ChildConnector:
         """Start the back-end; the caller owns what is returned.
@@ -262,10 +279,40 @@ class StartedDevice(Device):
         """
         raise NotImplementedError
 
+    def served(self) -> Mapping[str, bool]:
+        """The files and directories of the host that the back-end serves, without symbolic links,
+        and whether each may be written.
+        """
+        raise NotImplementedError
+
+    def detach(self) -> list[int]:
+        """Open what the back-end serves."""
+        from pyvmm.hostnet.isolate import detach
+
+        self.attached()
+        self._mounts = mounts = {}
+        for path, writable in self.served().items():
+            mounts[path] = Fd(detach(path, writable=writable))
+        return [mount.fileno() for mount in mounts.values()]
+
+    def mount_of(self, path: str) -> int:
+        """The descriptor of ``detach`` for a path; -1 if there is none."""
+        mount = self._mounts.get(path)
+        return -1 if mount is None else mount.fileno()
+
+    def attached(self) -> None:
+        """Close the descriptors of ``detach``."""
+        mounts, self._mounts = self._mounts, MappingProxyType({})
+        for mount in mounts.values():
+            mount.close()
+
     def begin(self) -> None:
         """Start the back-end, which gets ready while the caller does other things."""
         self.abandon()
-        self._begun = self.start_backend()
+        try:
+            self._begun = self.start_backend()
+        finally:
+            self.attached()
 
     def connector(self) -> Connector:
         """Connects once to the back-end: that of ``begin``, or another one, which it starts."""

@@ -25,7 +25,7 @@ from pyvmm import errors
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.fd import Closing
-from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
+from pyvmm.hostnet.rights import FDS_MAX, close_all, recv_fds, send_fds
 from pyvmm.programs import module
 
 TYPE_CHECKING = False
@@ -217,9 +217,10 @@ def is_channel(number: int) -> bool:
     return _current is not None and _current.owns(number)
 
 
-def start() -> Helper:
+def start(without: Sequence[int] = ()) -> Helper:
     """Fork the helper of this process, which has one thread only, and has none yet.
 
+    :param without: descriptors that the helper does not get.
     :raises HostError: there can be no process.
     """
     global _current
@@ -234,6 +235,7 @@ def start() -> Helper:
         status = 1
         try:
             ours.close()
+            close_all(without)
             _serve(theirs)
             status = 0
         except BaseException:

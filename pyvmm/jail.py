@@ -31,7 +31,7 @@ from contextlib import ExitStack, suppress
 from pyvmm import helper, sandbox
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, JailError, KvmMissing, UsageError
-from pyvmm.fd import Closing
+from pyvmm.fd import Closing, close_all_but
 from pyvmm.hostnet import emptyroot, userns
 from pyvmm.hostnet.rights import FDS_MAX, close_all, recv_fds, send_fds
 from pyvmm.programs import interpreter
@@ -73,6 +73,12 @@ JUDGING = 12
 TWICE_SECONDS = 0.25
 
 
+def need_root() -> None:
+    """:raises JailError: this process may not make jails."""
+    if os.geteuid():
+        raise JailError("--jail needs root, to leave the host behind", "run it with sudo")
+
+
 class Cell(Closing):
     """A jail for one command. ``close`` leaves nothing of it behind.
 
@@ -81,8 +87,7 @@ class Cell(Closing):
     """
 
     def __init__(self, want: Jail) -> None:
-        if os.geteuid():
-            raise JailError("--jail needs root, to leave the host behind", "run it with sudo")
+        need_root()
         if not os.path.exists("/dev/kvm"):
             raise KvmMissing("there is no /dev/kvm", "use a machine with KVM")
         self._want = want
@@ -96,6 +101,7 @@ class Cell(Closing):
         files: Iterable[str],
         keep: Iterable[int],
         directories: Iterable[str] = (),
+        mounts: Iterable[int] = (),
         timeout: float | None = None,
     ) -> int:
         """Run ``body`` in the jail, in a process of its own; returns its status, or minus the
@@ -106,6 +112,8 @@ class Cell(Closing):
         :param keep: descriptors that the process has there, besides standard input, output and
             error; it has no others.
         :param directories: as ``files``; each may be a directory, with all that is in it.
+        :param mounts: more descriptors that the process has there: of mounts that are attached
+            nowhere (``isolate.detach``).
         :param timeout: seconds after which it ends by itself, unless somebody has taken it over; it
             is killed some time later.
         :raises JailError: the kernel or a sandbox does not allow jails, or ``want.memory`` was too
@@ -137,7 +145,7 @@ class Cell(Closing):
                 raise UsageError(
                     f"--jail: descriptor {fd} is a directory of the host", "give a file or none"
                 )
-        return self._attend(body, places, kept, timeout)
+        return self._attend(body, places, kept | {*mounts}, timeout)
 
     def _attend(
         self,
@@ -264,6 +272,7 @@ class Cell(Closing):
 
         try:
             helper.answer(channel, leave)
+            close_all_but({0, 1, 2, channel.fileno()})  # the rest is the command's
             while children:
                 pid, status = os.wait()
                 if pid in children:

@@ -99,7 +99,16 @@ class Share(StartedDevice):
         """
         from pyvmm.host.virtiofsd import FsConnector
 
-        return FsConnector(self.directory, writable=self.writable, cache=self.cache)
+        return FsConnector(
+            self.directory,
+            writable=self.writable,
+            cache=self.cache,
+            mount=self.mount_of(self.directory),
+        )
+
+    def served(self) -> dict[str, bool]:
+        """The directory."""
+        return {self.directory: self.writable}
 
     def substitute(self) -> RingServer:
         """Answers the guest once virtiofsd has gone, whose state nobody has."""

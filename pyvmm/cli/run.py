@@ -154,6 +154,7 @@ from pyvmm.errors import HostError, PyvmmError, UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
     from typing import Any
 
     from pyvmm.assembly import Description
@@ -440,17 +441,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _here(
-    args: argparse.Namespace, outputs: Outputs | None = None, claim: Claim | None = None
+    args: argparse.Namespace,
+    outputs: Outputs | None = None,
+    claim: Claim | None = None,
+    mounts: Sequence[int] = (),
 ) -> int:
     """Run the guest in this process, which has no thread yet.
 
     :param outputs: the files that the user asks for; None: they are still to be opened.
     :param claim: the machine's name and control socket, likewise.
+    :param mounts: descriptors that are for back-ends alone.
     """
     from pyvmm.cli.support.signals import orderly
 
     with ExitStack() as stack:
-        _start_helper(args, stack)
+        _start_helper(args, stack, mounts)
         return orderly(lambda: _boot(args, outputs, claim))
 
 
@@ -459,8 +464,6 @@ def _check_jail(args: argparse.Namespace) -> None:
     from pyvmm.netopt import Net
 
     for option, given, why in (
-        ("--share", args.share, "a jail has no directory of the host: use --add"),
-        ("--root", args.root, "a jail has no directory of the host: use --add"),
         ("--disk", args.disk, "a jail has no file of the host to write: use --initrd or --add"),
         ("--trace-kernel", args.trace_kernel, "the kernel's trace is of the whole host"),
     ):
@@ -504,9 +507,11 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
     :param kept: descriptors of files that the command line names.
     """
     from pyvmm.assembly import extra_archive, initrd_files, packed_files
-    from pyvmm.cli.support.jailed import run_in, socket_place, take_taps
+    from pyvmm.cli.support.jailed import run_in, socket_place, take_mounts, take_taps
     from pyvmm.images import directory
+    from pyvmm.jail import need_root
 
+    need_root()
     want = _description(args)
     args.jail.check(want.memory, cpus=want.cpus, cards=len(want.nets) + len(want.devices))
     # The back-end may replace its socket, so its directory has to be there.
@@ -525,6 +530,7 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
             print(f"pyvmm: jail: {args.jail.text}", file=sys.stderr)
         keep = [*kept, *outputs.filenos()]
         keep += [fd for net in _nets(args) for fd in net.fds]
+        mounts = take_mounts(want.devices, stack, files)
         claim = None
         if (qmp := _qmp(args)) is not None:
             from pyvmm.control.registry import Claim
@@ -537,7 +543,7 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
             outputs.leave_files()
             if claim is not None:
                 claim.leave_name()
-            return _here(args, outputs, claim)
+            return _here(args, outputs, claim, mounts)
 
         done = run_in(
             args.jail,
@@ -545,19 +551,23 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
             files=files,
             keep=keep,
             directories=directories,
+            mounts=mounts,
             timeout=args.timeout,
         )
         return outputs.status(done)
 
 
-def _start_helper(args: argparse.Namespace, stack: ExitStack) -> None:
-    """Start the helper that a sandbox needs, unless it runs, before this process has a thread."""
+def _start_helper(args: argparse.Namespace, stack: ExitStack, without: Sequence[int] = ()) -> None:
+    """Start the helper that a sandbox needs, unless it runs, before this process has a thread.
+
+    :param without: descriptors that the helper does not get.
+    """
     if args.sandbox == "off":
         return
     from pyvmm import helper
 
     if helper.current() is None:
-        stack.enter_context(helper.start())
+        stack.enter_context(helper.start(without))
 
 
 def _initrds(args: argparse.Namespace) -> list[str]:
@@ -668,16 +678,19 @@ def _disks(args: argparse.Namespace) -> list[Disk]:
 
 
 def _shares(args: argparse.Namespace) -> list[Share]:
-    """The directories of ``--share``."""
+    """The directories of ``--share``, which are looked at once."""
     if not args.share:
         return []
-    from pyvmm.shareopt import Share
+    if getattr(args, "shares", None) is None:
+        from pyvmm.shareopt import Share
 
-    return [Share.parse(text) for text in args.share]
+        args.shares = [Share.parse(text) for text in args.share]
+    shares: list[Share] = args.shares
+    return shares
 
 
 def _root(args: argparse.Namespace) -> Root | None:
-    """The tree for the guest's root."""
+    """The tree for the guest's root, which is looked at once."""
     if args.root is None:
         if args.user is not None:
             raise UsageError(f"--user {args.user} without --root", "the image has only root")
@@ -686,9 +699,12 @@ def _root(args: argparse.Namespace) -> Root | None:
                 f"--init {args.init} without --root", "name the tree: --root DIR --init PROGRAM"
             )
         return None
-    from pyvmm.shareopt import Root
+    if getattr(args, "tree", None) is None:
+        from pyvmm.shareopt import Root
 
-    return Root(args.root, user=args.user, init=args.init)
+        args.tree = Root(args.root, user=args.user, init=args.init)
+    tree: Root = args.tree
+    return tree
 
 
 def _files(args: argparse.Namespace) -> tuple[str, list[str]]:

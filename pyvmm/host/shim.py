@@ -22,9 +22,13 @@ def open_shim() -> tuple[Fd, dict[str, str]]:
 
     :raises HostError: it is not compiled yet, and there is no compiler.
     """
-    path = BUILT if os.path.isfile(BUILT) else _compiled()
-    fd = Fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    fd = Fd(os.open(place(), os.O_RDONLY | os.O_CLOEXEC))
     return fd, {"LD_PRELOAD": f"/proc/self/fd/{fd.fileno()}"}
+
+
+def place() -> str:
+    """The path of the library, which is compiled if need be. :raises HostError: it cannot be."""
+    return BUILT if os.path.isfile(BUILT) else _compiled()
 
 
 def _compiled() -> str:

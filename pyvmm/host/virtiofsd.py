@@ -77,13 +77,17 @@ class FsConnector(ChildConnector):
     """Starts a virtiofsd and makes the one connection to it.
 
     :param directory: to be served, without symbolic links. :param cache: see ``command``.
+    :param mount: a mount of the directory (``isolate.detach``), lent, where this process has no
+        such directory; else -1.
     :raises ShareError: there is no virtiofsd, or it cannot be started.
     """
 
-    def __init__(self, directory: str, *, writable: bool, cache: str = "auto") -> None:
+    def __init__(
+        self, directory: str, *, writable: bool, cache: str = "auto", mount: int = -1
+    ) -> None:
         super().__init__("virtiofsd", directory, ShareError)
         program, root = find(), not os.geteuid()
-        whole = directory == "/"
+        whole = directory == "/" and mount < 0
         environment, shim = dict(os.environ), None
         if not root:
             from pyvmm.host.shim import open_shim
@@ -100,7 +104,7 @@ class FsConnector(ChildConnector):
             if whole:
                 isolate.protect(["/"] if writable else [])
             else:
-                isolate.stage(directory, writable=writable)
+                isolate.stage(directory if mount < 0 else mount, writable=writable)
 
         try:
             self.start(argv, confine, environment, [shim.fileno()] if shim is not None else [])

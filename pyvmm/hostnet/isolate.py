@@ -108,20 +108,63 @@ def bind(source: str, target: str) -> None:
     userns.check(result, f"bind {source}")
 
 
-def stage(directory: str, *, writable: bool) -> None:
+def detach(path: str, *, writable: bool) -> int:
+    """A mount of its own of a file or directory, without what is mounted below, without devices
+    and set-user-ID programs. It is attached nowhere: who has the descriptor may ``attach`` it, in
+    whichever mount namespace, and finds no way from it to what is outside of it.
+
+    :param path: without symbolic links. :returns: the caller's descriptor.
+    :raises OSError: as ``open_found``; or the kernel or a sandbox does not allow this.
+    """
+    place = open_found(path)
+    try:
+        flags = lib.AT_EMPTY_PATH | lib.OPEN_TREE_CLONE | lib.OPEN_TREE_CLOEXEC
+        fd: int = lib.pv_open_tree(place, b"", flags)
+        userns.check(min(fd, 0), f"open_tree {path}")
+    finally:
+        os.close(place)
+    attributes = lib.MOUNT_ATTR_NOSUID | lib.MOUNT_ATTR_NODEV
+    attributes |= 0 if writable else lib.MOUNT_ATTR_RDONLY
+    try:
+        made = {"attr_set": attributes, "propagation": lib.MS_PRIVATE}
+        set_attr("", made, lib.AT_EMPTY_PATH, at=fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def attach(fd: int, target: str) -> None:
+    """Mount what ``detach`` has made, once, at ``target``. :raises OSError: from the kernel."""
+    flags = lib.MOVE_MOUNT_F_EMPTY_PATH
+    userns.check(lib.pv_move_mount(fd, os.fsencode(target), flags), f"move_mount {target}")
+
+
+def stage(directory: str | int, *, writable: bool) -> None:
     """As ``protect``, with one directory, which is at ``SHARED`` then. Whoever owns a directory
     above could put another one in its place, or a link, between a look at its name and its use:
-    the name is resolved once, and what has been found is what is shared.
+    the name is resolved once, and what has been found is what is shared. If this process is not
+    root's, it cannot take the write protection back either.
 
-    :param directory: an absolute path without symbolic links.
+    :param directory: an absolute path without symbolic links; or a descriptor of ``detach``.
     :raises OSError: it has changed meanwhile; or as ``protect``.
     """
+    ordinary = os.geteuid() != 0
     own_mounts()
-    fd = open_found(directory)
+    found = open_found(directory) if isinstance(directory, str) else -1
     userns.check(lib.mount(b"none", STAGE.encode(), b"tmpfs", 0, b"mode=755"), f"mount {STAGE}")
     os.mkdir(SHARED)
-    bind(f"/proc/self/fd/{fd}", SHARED)
-    os.close(fd)
+    if isinstance(directory, str):
+        bind(f"/proc/self/fd/{found}", SHARED)
+        os.close(found)
+    else:
+        attach(directory, SHARED)
+    if not writable:
+        set_attr(SHARED, {"attr_set": lib.MOUNT_ATTR_RDONLY}, lib.AT_RECURSIVE)
+    if ordinary:
+        # Mounts that come from another user's namespace stay where they are, with their flags.
+        userns.become_root()
+        userns.unshare(lib.CLONE_NEWNS)
     _write_protect(but=[SHARED] if writable else [])
 
 
@@ -157,9 +200,9 @@ def _write_protect(*, but: Sequence[str], root: str = "/") -> None:
         set_attr(path, {"attr_clr": lib.MOUNT_ATTR_RDONLY}, 0)
 
 
-def set_attr(path: str, attr: dict[str, int], flags: int) -> None:
+def set_attr(path: str, attr: dict[str, int], flags: int, *, at: int = lib.AT_FDCWD) -> None:
     """Call mount_setattr(2). :raises OSError: from it."""
     made = ffi.new("struct mount_attr *", attr)
     name, size = os.fsencode(path), ffi.sizeof("struct mount_attr")
-    result = lib.pv_mount_setattr(lib.AT_FDCWD, name, flags, made, size)
+    result = lib.pv_mount_setattr(at, name, flags, made, size)
     userns.check(result, f"mount_setattr {path}")

@@ -1,14 +1,17 @@
-"""The limits of a jail, in the testbed, whose root may make cgroups (v2) wherever the tests run."""
+"""The limits of a jail, in the testbed, whose root may make cgroups (v2) wherever the tests run.
+Directories of the host in a jail, read by a guest of Linux.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.boot.guest import PYVMM, Host
+from tests.boot.guest import PATIENCE, PYVMM, Host
 
 ROOT = Path(__file__).parents[2]
 GROUPS = "/sys/fs/cgroup/pyvmm"
@@ -202,10 +205,50 @@ def test_a_delegated_cgroup(
     assert out.splitlines() == [group, "status 7", "[]", "False False", f"0::{leaf}"], out
 
 
-def test_a_machine_within_limits(host: Host, nothing_left: None) -> None:
-    """A guest of Linux, with a card, whose own process is in the cgroup."""
+#: In the guest, which has two shares, the first of them once more.
+LOOK = """
+ping -c 2 192.168.100.1 >/dev/null && echo reached
+cat /data/public /data/private /data/link
+mount -t virtiofs pyvmm0 /mnt && ls /mnt/mounted; ls /data/mounted
+echo no >/data/new; echo made >/out/made; echo no >>/out/roots
+"""
+
+
+def test_a_machine_within_limits(host: Host, nothing_left: None, tmp_path: Path) -> None:
+    """A guest of Linux, with a card, whose own process is in the cgroup. It has of its shares what
+    the jail's user has: no file of root's own, nothing that a link leads to, and no file system
+    that is mounted below.
+    """
+    given, out = tmp_path / "given", tmp_path / "out"
+    (given / "mounted").mkdir(parents=True)
+    out.mkdir()
+    for path in (given / "public", given / "private", out / "roots", tmp_path / "outside"):
+        path.write_text(f"{path.name}\n")
+    (given / "private").chmod(0o600)
+    (given / "link").symlink_to(tmp_path / "outside")
+    os.chown(out, USER, USER)
     argv = [*PYVMM, "run", "--host", "local", "--jail", f"{USER},memory=512M,cpus=2,pids=200"]
-    look = "ping -c 2 192.168.100.1 >/dev/null && echo reached && cat /proc/cmdline"
-    result = host.run(*argv, "--net", "emulated", "--", "sh", "-c", look, timeout=600)
-    assert result.status == 0 and result.out.startswith("reached\n"), result
+    argv += ["--net", "emulated", "--share", f"{given}:/data", "--share", f"{out}:/out:rw"]
+    mounted = 'mount --bind /etc "$0" && "$@"; status=$?; umount "$0"; exit $status'
+    wrapper = ["sh", "-c", mounted, str(given / "mounted")]
+    result = host.run(*wrapper, *argv, "--", "sh", "-c", LOOK, timeout=5 * PATIENCE)
+    assert result.out.splitlines() == ["reached", "public"], result
+    for problem in (
+        *("private': Permission denied", "link': No such file", "data/new: Read-only file system"),
+        "out/roots: Permission denied",
+    ):
+        assert problem in result.err, result
     assert host.run("ls", GROUPS).status != 0
+    assert sorted(p.name for p in given.iterdir()) == ["link", "mounted", "private", "public"]
+    assert (out / "roots").read_text() == "roots\n"
+    made = out / "made"
+    assert (made.read_text(), made.stat().st_uid) == ("made\n", USER)
+
+
+def test_a_root(host: Host, nothing_left: None) -> None:
+    """The host's own: the guest's root reads what the jail's user may."""
+    argv = [*PYVMM, "run", "--host", "local", "--jail", f"{USER},memory=512M", "--net", "none"]
+    look = "id -u; head -c 4 /etc/passwd; cat /etc/shadow"
+    result = host.run(*argv, "--root", "/", "--", "sh", "-c", look, timeout=5 * PATIENCE)
+    assert (result.status, result.out) == (1, "0\nroot"), result
+    assert "/etc/shadow: Permission denied" in result.err, result

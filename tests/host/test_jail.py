@@ -263,6 +263,135 @@ def test_only_what_is_named_is_there(tmp_path: Path) -> None:
     assert inside(f"open({files[0]!r}, 'w')", *files).stdout.strip() == "EROFS"
 
 
+SHARED = """
+import ctypes, errno, os, sys
+from pyvmm.hostnet import isolate
+from pyvmm.jail import Cell
+from pyvmm.jailopt import Jail
+directory, writable = sys.argv[2], sys.argv[3] == "rw"
+def say(deed):
+    try:
+        print(deed())
+    except OSError as e:
+        print(errno.errorcode[e.errno])
+def body():
+    print(os.path.exists(directory), os.fstat(mount).st_uid)
+    say(lambda: sorted(os.listdir(f"/proc/self/fd/{mount}/..")))
+    isolate.stage(mount, writable=writable)
+    here = isolate.SHARED
+    say(lambda: sorted(os.listdir(here)))
+    say(lambda: os.listdir(f"{here}/mounted"))
+    say(lambda: open(f"{here}/public").read())
+    say(lambda: open(f"{here}/private").read())
+    say(lambda: open(f"{here}/link").read())
+    say(lambda: open(f"{here}/own", "w").write("written"))
+    say(lambda: open("/.pyvmm/x", "w"))
+    clear = {"attr_clr": isolate.lib.MOUNT_ATTR_RDONLY | isolate.lib.MOUNT_ATTR_NODEV}
+    say(lambda: isolate.set_attr(here, clear, 0))
+    say(lambda: ctypes.CDLL(None).umount2(here.encode(), 2))
+    return 0
+mount = isolate.detach(directory, writable=writable)
+with Cell(Jail(sys.argv[1])) as cell:
+    sys.exit(cell.run(body, files=(), keep=(), mounts=[mount]))
+"""
+
+
+@pytest.fixture
+def directory_of_all_sorts(tmp_path: Path) -> Iterator[Path]:
+    """With files of root's and of the jail's user, a link out of it, and a mount below."""
+    directory = tmp_path / "shared"
+    for name in ("public", "private", "own", "mounted/covered"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
+    (directory / "private").chmod(0o600)
+    os.chown(directory / "own", USER, GROUP)
+    (tmp_path / "outside").write_text("outside")
+    (directory / "link").symlink_to(tmp_path / "outside")
+    mount = ["mount", "-t", "tmpfs", "none", str(directory / "mounted")]
+    subprocess.run(mount, check=True)
+    try:
+        (directory / "mounted" / "inner").write_text("inner")
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory / "mounted")], check=True)
+
+
+@pytest.mark.parametrize("access", ["ro", "rw"])
+def test_what_a_back_end_there_has_of_a_directory(
+    directory_of_all_sorts: Path, access: str
+) -> None:
+    """The directory alone, with its user's rights, and none of what is mounted in it. Nobody else
+    in the jail has it, and the write protection stays.
+    """
+    argv = [sys.executable, "-c", SHARED, str(USER), str(directory_of_all_sorts), access]
+    done = subprocess.run(
+        argv,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    names = ["link", "mounted", "own", "private", "public"]
+    assert done.stdout.splitlines() == [
+        "False 0",
+        str(names),  # above the mount, there is the mount
+        str(names),
+        "['covered']",
+        "public",
+        "EACCES",
+        "ENOENT",
+        "7" if access == "rw" else "EROFS",
+        "EROFS",
+        "EPERM",
+        "-1",
+    ], done
+    assert (directory_of_all_sorts / "own").read_text() == ("written" if access == "rw" else "own")
+
+
+def directories_open(pid: int) -> list[str]:
+    """The directories that a process has open: by descriptors."""
+    fds = Path(f"/proc/{pid}/fd").iterdir()
+    return [str(fd.readlink()) for fd in fds if fd.is_dir()]
+
+
+@pytest.mark.parametrize("where", ["directory", "root"])
+def test_who_serves_a_directory(guest: Guest, directory_of_all_sorts: Path, where: str) -> None:
+    """A process of the jail's user in the jail, which has the directory as its root, and no other
+    process of the jail has that directory.
+    """
+    share = {
+        "directory": ["--share", f"{directory_of_all_sorts}:/data:rw"],
+        "root": ["--root", "/"],
+    }
+    with jailed(guest, "--sandbox", "on", "--memory", "32M", *share[where]) as (outside, pid):
+        processes = below(outside.pid)
+        commands = {p: Path(f"/proc/{p}/comm").read_text().strip() for p in processes}
+        (server,) = [p for p, command in commands.items() if command == "virtiofsd"]
+        assert wait_for(lambda: status_of(server, "Seccomp") == "2"), "it confines itself"
+        assert status_line(server, "Uid") == [str(USER)] * 4
+        assert status_line(server, "Gid") == [str(GROUP)] * 4
+        assert status_line(server, "Groups") == []
+        assert Path(f"/proc/{server}/uid_map").read_text().split() == ["0", str(USER), "1"]
+        for kind in ("pid", "ipc", "uts", "net", "cgroup"):
+            ours, theirs = (Path(f"/proc/{p}/ns/{kind}").readlink() for p in (pid, server))
+            assert ours == theirs, kind
+        assert Path(f"/proc/{server}/ns/mnt").readlink() != Path(f"/proc/{pid}/ns/mnt").readlink()
+        root = Path(f"/proc/{server}/root")
+        if where == "directory":
+            assert sorted(names(str(root))) == ["link", "mounted", "own", "private", "public"]
+            assert names(str(root / "mounted")) == {"covered"}
+        else:
+            assert names(str(root)) == names("/")
+            assert not names(str(root / "proc")) and not names(str(root / "sys"))
+        for one in processes:
+            if one != server:
+                assert not directories_open(one), one
+        mounted = Path(f"/proc/{pid}/mountinfo").read_text()
+        assert str(directory_of_all_sorts) not in mounted
+    assert (directory_of_all_sorts / "public").read_text() == "public"
+
+
 def test_a_directory_is_no_file(guest: Guest, tmp_path: Path) -> None:
     """A link in the place of a kernel does not give the jail what it leads to."""
     (tmp_path / "all").mkdir()
@@ -541,8 +670,7 @@ def test_kernels(guest: Guest, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        (["--share", "/usr"], "--share and --jail: a jail has no directory of the host"),
-        (["--root", "/"], "--root and --jail"),
+        (["--disk", "/x.raw"], "--disk and --jail: a jail has no file of the host to write"),
         (["--net", "user"], "has none of the host's network"),
         (["--net", "vhost-vdpa"], "makes and maps devices"),
         (["--net", "vhost-user,tap=t0"], "only emulated and vhost-net"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyvmm.card.uplink import make_tap
 from pyvmm.cli import guard
-from pyvmm.errors import UsageError
+from pyvmm.errors import JailError, UsageError
 from pyvmm.jail import Cell
 from pyvmm.netopt import MAC_PREFIX, Net, mac_text
 from pyvmm.spec.ethernet import ETH_DATA_LEN
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import ExitStack
 
+    from pyvmm.devopt import Device
     from pyvmm.jailopt import Jail
 
 #: Directories in which many have files, besides those with the sticky bit.
@@ -35,6 +36,7 @@ def run_in(
     files: Iterable[str],
     keep: Iterable[int],
     directories: Iterable[str] = (),
+    mounts: Iterable[int] = (),
     timeout: float | None = None,
 ) -> int:
     """Run the rest of a command in a jail; returns its exit status. For the parameters see
@@ -42,13 +44,42 @@ def run_in(
     """
     with Cell(want) as cell:
         status = cell.run(
-            lambda: guard(body), files=files, keep=keep, directories=directories, timeout=timeout
+            lambda: guard(body),
+            files=files,
+            keep=keep,
+            directories=directories,
+            mounts=mounts,
+            timeout=timeout,
         )
     if status < 0:
         name = signal.Signals(-status).name
         print(f"pyvmm: the process in the jail was killed ({name})", file=sys.stderr)
         return 128 - status
     return status
+
+
+def take_mounts(devices: Iterable[Device], stack: ExitStack, files: list[str]) -> list[int]:
+    """Open the files and directories of the host that back-ends of ours serve, as root may; what
+    the back-end may do with them there depends on the jail's user.
+
+    :param stack: closes them. :param files: gets what else the back-ends need in the jail.
+    :returns: descriptors of mounts. :raises JailError: there can be none.
+    """
+    mounts: list[int] = []
+    for device in devices:
+        stack.callback(device.attached)
+        try:
+            mounts += device.detach()
+        except OSError as e:
+            raise JailError(
+                f"{device.socket} cannot be had in a jail: {e.strerror or e}",
+                "it takes root of the host, or of a container that may mount",
+            ) from e
+    if mounts:
+        from pyvmm.host import shim
+
+        files.append(shim.place())
+    return mounts
 
 
 def socket_place(path: str, uid: int) -> str:
