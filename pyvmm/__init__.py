@@ -56,8 +56,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     """Import the public names on first use: `pyvmm --help` needs none of them."""
+    if name not in _HOMES:  # also asked for each module of ours, before Python imports one
+        raise AttributeError(f"module 'pyvmm' has no attribute {name!r}")
     import importlib
 
-    if name not in _HOMES:
-        raise AttributeError(f"module 'pyvmm' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

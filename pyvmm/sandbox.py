@@ -247,17 +247,30 @@ def own_places() -> list[str]:
     places = [*sys.path] if sys.flags.safe_path else sys.path[1:]
     for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix}:
         places += [f"{prefix}/lib", f"{prefix}/lib64"]
-    private = [os.path.realpath(os.path.expanduser("~"))]
+    private = _with_parents(os.path.realpath(os.path.expanduser("~")))
     with suppress(OSError):  # it has been removed
-        private.append(os.path.realpath(os.getcwd()))
-
-    def holds(place: str) -> bool:
-        """Whether one of the private directories is this one, or below."""
-        place = os.path.realpath(place)
-        return any(os.path.commonpath([q, place]) == place for q in private)
-
-    places = [p for p in dict.fromkeys(places) if p.startswith("/") and not holds(p)]
+        private |= _with_parents(os.path.realpath(os.getcwd()))
+    # Not by their names: to follow the links in all of them takes a hundred calls of the system.
+    places = [p for p in dict.fromkeys(places) if p.startswith("/") and not _inodes(p) & private]
     return [os.path.dirname(os.path.abspath(__file__)), *places]
+
+
+def _with_parents(path: str) -> set[tuple[int, int]]:
+    """``_inodes`` of a directory and of all in which that is, up to the root."""
+    found = _inodes(path)
+    while path != "/":
+        path = os.path.dirname(path)
+        found |= _inodes(path)
+    return found
+
+
+def _inodes(path: str) -> set[tuple[int, int]]:
+    """Device and inode of a file, links followed; nothing if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return set()
+    return {(found.st_dev, found.st_ino)}
 
 
 def _capabilities() -> int:

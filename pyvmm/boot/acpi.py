@@ -200,14 +200,8 @@ def dsdt(
 
     def routes(lines: Sequence[int]) -> bytes:
         return aml.package(
-            aml.package(
-                [
-                    aml.integer(slot << 16 | 0xFFFF),
-                    aml.integer(0),  # INTA
-                    aml.integer(0),  # no link device: the next item is a level, active-low GSI
-                    aml.integer(lines[slot % pf.GSI_PCI_COUNT]),
-                ]
-            )
+            # Without a link device, a GSI is level-triggered and active-low.
+            aml.route(slot, lines[slot % pf.GSI_PCI_COUNT])
             for slot in pci_slots
         )
 

@@ -77,6 +77,24 @@ def package(items: Iterable[bytes]) -> bytes:
     return _package(bytes([acpi.AML_PACKAGE]), bytes([len(terms)]) + b"".join(terms))
 
 
+def route(slot: int, gsi: int) -> bytes:
+    """Package () {slot << 16 | 0xFFFF, 0, 0, gsi}: an entry of _PRT (6.2.13). INTA of all functions
+    of the slot, 1 to 31, leads to the GSI, 2 to 255, by no link device.
+    """
+    return struct.pack(
+        "<4BI4B",
+        acpi.AML_PACKAGE,
+        11,  # bytes from here on
+        4,  # items
+        acpi.AML_DWORD,
+        slot << 16 | 0xFFFF,
+        0,
+        0,
+        acpi.AML_BYTE,
+        gsi,
+    )
+
+
 def name(text: str, value: bytes) -> bytes:
     """Name (text, value)."""
     return bytes([acpi.AML_NAME]) + path(text) + value

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # The module socket takes longer to load than this one and all that it serves at a start.
 import _socket
-import array
 import os
+import struct
 
 from pyvmm.errors import HostError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 #: The kernel takes at most so many descriptors per message (SCM_MAX_FD in include/net/scm.h).
 FDS_MAX = 253
+FD_SIZE = struct.calcsize("i")
 RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
 
 
@@ -31,7 +32,7 @@ def send_fds(sock: _socket.socket, data: bytes, fds: Sequence[int] = (), flags: 
     :returns: how many bytes were sent; the descriptors are sent if that is at least 1.
     :raises OSError: from sendmsg(2).
     """
-    control = [(*RIGHTS, array.array("i", fds))] if fds else []
+    control = [(*RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
     return sock.sendmsg([data], control, flags)
 
 
@@ -46,13 +47,14 @@ def recv_fds(sock: _socket.socket, size: int, most: int) -> tuple[bytes, list[in
     :raises OSError: from recvmsg(2).
     """
     data, control, flags, _ = sock.recvmsg(
-        size, _socket.CMSG_SPACE(4 * most), _socket.MSG_CMSG_CLOEXEC
+        size, _socket.CMSG_SPACE(FD_SIZE * most), _socket.MSG_CMSG_CLOEXEC
     )
-    fds = array.array("i")
+    fds: list[int] = []
     for level, kind, payload in control:
         if (level, kind) == RIGHTS:
             # The kernel may cut a control message off in the middle of a descriptor's number.
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+            whole = payload[: len(payload) - len(payload) % FD_SIZE]
+            fds += struct.unpack(f"{len(whole) // FD_SIZE}i", whole)
     # CMSG_SPACE rounds up to 8 bytes, so that there may be room for most + 1.
     if len(fds) > most or flags & (_socket.MSG_CTRUNC | _socket.MSG_TRUNC):
         close_all(fds)
@@ -62,10 +64,10 @@ def recv_fds(sock: _socket.socket, size: int, most: int) -> tuple[bytes, list[in
             f"a message with more than {most} descriptors, or more than this process may open",
             "raise the limit: ulimit -n",
         )
-    return data, fds.tolist()
+    return data, fds
 
 
-def close_all(fds: Sequence[int] | array.array[int]) -> None:
+def close_all(fds: Sequence[int]) -> None:
     """Close descriptors that nobody wants."""
     for fd in fds:
         os.close(fd)
