@@ -157,9 +157,9 @@ def test_the_testbeds_qemu_is_whole(
     assert int(re.sub(r"^\d+:", "", program.version).partition(".")[0]) >= 10
 
 
-#: Ubuntu's lists could not be recorded. The names and numbers of 24.04 are those in the description
-#: of Ubuntu's source linux 6.8.0-55.57, those of 22.04 are from logs of apt on such machines. The
-#: dependencies are written by hand, as these logs show them.
+#: Ubuntu's lists could not be recorded. Most names and numbers of 24.04 are those in the
+#: description of Ubuntu's source linux 6.8.0-55.57, those of 22.04 are from logs of apt on such
+#: machines. The rest (6.8.0-31, versions of metapackages) and all dependencies are written by hand.
 UBUNTU = {
     "24.04": """
         linux-image-virtual 6.8.0-55.57: linux-image-6.8.0-55-generic
