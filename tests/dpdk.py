@@ -105,14 +105,28 @@ def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128, cpu: in
 
 
 class TestPmd:
-    """testpmd as a child process here, told what to do by its interactive console."""
+    """testpmd as a child process here, told what to do by its interactive console.
+
+    :param within: a command that executes the words behind its own.
+    """
 
     __test__ = False
 
-    def __init__(self, *vdevs: str, options: Sequence[str] = (), cpu: int = 0) -> None:
+    def __init__(
+        self,
+        *vdevs: str,
+        options: Sequence[str] = (),
+        cpu: int = 0,
+        within: Sequence[str] = (),
+    ) -> None:
         argv = command(*vdevs, options=("--interactive", *options), cpu=cpu)
         self.process = subprocess.Popen(
-            ["stdbuf", "-oL", *argv],  # its output is to a pipe, so that it would come late
+            [
+                *within,
+                "stdbuf",
+                "-oL",
+                *argv,
+            ],  # its output is to a pipe, so that it would come late
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

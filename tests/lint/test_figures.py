@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pyvmm.compare.ladder import COLUMNS
 from pyvmm.compare.stats import Figures, number, summarise
-from tests.perf.bench_native import table
+from tests.perf.bench_native import table, ways_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -46,3 +46,11 @@ def test_the_native_figures_are_those_of_one_run() -> None:
     assert lines.count("\n") > 4
     page = (DOCS / "performance.md").read_text()
     assert lines in page, "run: python -m tests.perf.bench_native --table docs/figures/native.json"
+
+
+def test_the_figures_of_a_tap_are_those_of_one_run() -> None:
+    """docs/performance.md has the table of docs/figures/native-tap.json, whole."""
+    lines = ways_table(json.loads((DOCS / "figures/native-tap.json").read_text())["ways"])
+    assert len(lines) > 4
+    hint = "run: python -m tests.perf.bench_native --table docs/figures/native-tap.json"
+    assert "\n".join(lines) in (DOCS / "performance.md").read_text(), hint

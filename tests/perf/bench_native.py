@@ -6,12 +6,17 @@ bench-native`.
 
 The front-end is DPDK's virtio_user driver in dpdk-testpmd on one CPU; the back-end has another CPU
 to itself. Frames of 64 bytes go round and round: `loop` is one front-end whose frames come back,
-`connect` two front-ends of one process, each of which forwards to the other what it receives. The
-back-ends take part in turn, round by round: ours with and without --poll, and dpdk-testpmd with
-net_vhost in io mode. A round trip is measured with a single frame on its way. All processes get
-real-time priority (SCHED_RR), if the user may give it, so that nothing else takes the two CPUs:
-while one of two pollers does not run, neither does anything. Prints medians with the lowest and the
-highest round.
+`connect` two front-ends of one process, each of which forwards to the other what it receives, and
+`tap` one front-end whose frames come back from the back-end's tap, which is in a network namespace
+of its own and returns what it gets (act_mirred). The back-ends take part in turn, round by round:
+ours with and without --poll, and dpdk-testpmd with net_vhost in io mode, which forwards to net_tap
+for `tap`. A round trip is measured with a single frame on its way. All processes get real-time
+priority (SCHED_RR), if the user may give it, so that nothing else takes the two CPUs: while one of
+two pollers does not run, neither does anything. Prints medians with the lowest and the highest
+round.
+
+`ways` needs no DPDK: it compares the calls by which the kernel moves frames through a tap
+(tap_ways.c), in nanoseconds per frame.
 """
 
 from __future__ import annotations
@@ -41,17 +46,43 @@ FRONT_CPU, BACK_CPU = 0, 1
 BURSTS = 8
 RINGS = {"split": "", "packed": ",packed_vq=1"}
 BACKENDS = ("testpmd", "pyvmm --poll", "pyvmm")
-TOPOLOGIES = ("loop", "connect")
+TOPOLOGIES = ("loop", "connect", "tap")
+TAP = "bench0"
+#: Makes a tap return what it gets, at once; a shell's commands. It has room for all frames on their
+#: way, and the kernel sends none of its own.
+TURN = (
+    f"ip link set {TAP} addrgenmode none && ip link set {TAP} txqueuelen 1000 up"
+    f" && tc qdisc add dev {TAP} clsact && tc filter add dev {TAP} ingress"
+    f" protocol all u32 match u32 0 0 action mirred egress redirect dev {TAP}"
+)
+#: The ways of tap_ways.c, in its order, and the frames that they move.
+WAYS = (
+    "readv, writev",
+    "read, write",
+    "io_uring: readv, writev",
+    "io_uring: fixed buffers",
+)
+WAY_SIZES = (64, 1514)
+WAY_BURSTS = 10_000
 #: What each figure is called in a table, and its unit.
 MEASURES = {"mpps": "Mpps", "round_trip_us": "us"}
+
+
+def in_namespace(script: str) -> list[str]:
+    """A command that runs ``script`` in a new network namespace, and executes what follows."""
+    user = ["--map-root-user"] if os.geteuid() else []
+    return ["unshare", *user, "--net", "sh", "-ec", f'{script}\nexec "$@"', "sh"]
 
 
 @contextmanager
 def ours(topology: str, sockets: list[str], poll: bool) -> Iterator[None]:
     """`pyvmm backend`, wholly on its CPU."""
     argv = [sys.executable, "-m", "pyvmm", "backend", "--socket", sockets[0], "--unsealed"]
-    argv += ["--loopback"] if topology == "loop" else ["--connect", sockets[1]]
-    argv += ["--quiet", "--worker-cpu", str(BACK_CPU), *(["--poll"] if poll else [])]
+    ports = {"loop": ["--loopback"], "connect": ["--connect", sockets[-1]], "tap": ["--tap", TAP]}
+    argv += [*ports[topology], "--quiet", "--worker-cpu", str(BACK_CPU)]
+    argv += ["--poll"] if poll else []
+    if topology == "tap":
+        argv = [*in_namespace(f"ip tuntap add {TAP} mode tap vnet_hdr\n{TURN}"), *argv]
     process = subprocess.Popen(["taskset", "-c", str(BACK_CPU), *argv])
     try:
         end = time.monotonic() + PATIENCE
@@ -66,13 +97,21 @@ def ours(topology: str, sockets: list[str], poll: bool) -> Iterator[None]:
 
 
 @contextmanager
-def theirs(sockets: list[str]) -> Iterator[None]:
-    """testpmd with net_vhost: a single port sends back what it receives, two forward."""
+def theirs(topology: str, sockets: list[str]) -> Iterator[int]:
+    """testpmd with net_vhost: a single port sends back what it receives, two forward. Gives the id
+    of its main thread, which is not the one that moves packets.
+    """
     vdevs = [f"net_vhost{i},iface={socket}" for i, socket in enumerate(sockets)]
+    within: list[str] = []
+    if topology == "tap":
+        vdevs.append(f"net_tap0,iface={TAP}")
+        # The driver makes its tap; until then the commands wait beside it.
+        wait = f"until ip link show {TAP} >/dev/null 2>&1; do sleep 0.05; done"
+        within = in_namespace(f"({wait}; {TURN}) &")
     options = ("--forward-mode=io", "--auto-start")
-    with TestPmd(*vdevs, options=options, cpu=BACK_CPU) as pmd:
+    with TestPmd(*vdevs, options=options, cpu=BACK_CPU, within=within) as pmd:
         pmd.expect("Done", PATIENCE)
-        yield
+        yield pmd.process.pid
 
 
 def received(pmd: TestPmd, ports: int) -> int:
@@ -102,12 +141,13 @@ def rate(pmd: TestPmd, ports: int, seconds: float) -> float:
 
 def one(backend: str, topology: str, ring: str, seconds: float) -> dict[str, float]:
     """The figures of one back-end."""
-    ports = 1 if topology == "loop" else 2
+    ports = 2 if topology == "connect" else 1
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pyvmm-native-"))
         sockets = [f"{directory}/{i}" for i in range(ports)]
+        main = 0
         if backend == "testpmd":
-            stack.enter_context(theirs(sockets))
+            main = stack.enter_context(theirs(topology, sockets))
         else:
             stack.enter_context(ours(topology, sockets, backend.endswith("--poll")))
         vdevs = [
@@ -118,11 +158,57 @@ def one(backend: str, topology: str, ring: str, seconds: float) -> dict[str, flo
         stack.enter_context(pmd)
         pmd.say(f"start tx_first {BURSTS}")
         figures = {"mpps": rate(pmd, ports, seconds) / 1e6}
-        if topology == "loop":
+        if ports == 1:
+            if topology == "tap" and main and os.sched_getscheduler(0) == os.SCHED_RR:
+                # net_tap hears of frames by a signal, which the main thread gets. The poller on the
+                # same CPU would let it wait for 100 ms, a turn of SCHED_RR. With many frames on
+                # their way, the poller is quicker if it is not interrupted.
+                os.sched_setscheduler(main, os.SCHED_RR, os.sched_param(2))
             for line in ("stop", "set burst 1", "clear port stats all", "start tx_first 1"):
                 pmd.say(line)
             figures["round_trip_us"] = 1e6 / rate(pmd, ports, seconds / 2)
         return figures
+
+
+def ways(rounds: int) -> dict[str, list[float]]:
+    """The nanoseconds per frame of each way through a tap, by size and direction."""
+    values: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="pyvmm-native-") as directory:
+        program = f"{directory}/tap_ways"
+        source = Path(__file__).with_name("tap_ways.c")
+        subprocess.run(["cc", "-O2", "-o", program, source], check=True)
+        for size in WAY_SIZES:
+            argv = in_namespace(f"ip tuntap add {TAP} mode tap vnet_hdr\n{TURN}")
+            argv += ["taskset", "-c", str(BACK_CPU), program, TAP]
+            argv += [str(size), str(rounds), str(WAY_BURSTS)]
+            done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
+            for line in done.stdout.splitlines():
+                way, direction, ns = line.split()
+                key = f"{WAYS[int(way)]} {size} {direction}"
+                values.setdefault(key, []).append(float(ns))
+    return values
+
+
+def ways_table(values: dict[str, list[float]]) -> list[str]:
+    """As a Markdown table: medians (lowest..highest) in ns, and how much quicker than today's: the
+    median of the ratios of each round.
+    """
+    columns = [(size, direction) for size in WAY_SIZES for direction in ("tx", "rx")]
+    titles = [f"{size} bytes, {direction}" for size, direction in columns]
+    lines = [f"| ns per frame | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    for way in WAYS:
+        cells = []
+        for size, direction in columns:
+            row = values.get(f"{way} {size} {direction}")
+            if not row:
+                cells.append("-")
+                continue
+            today = values[f"{WAYS[0]} {size} {direction}"]
+            gain = statistics.median(t / mine - 1 for t, mine in zip(today, row, strict=True))
+            cell = f"{statistics.median(row):.0f} ({min(row):.0f}..{max(row):.0f})"
+            cells.append(cell if way == WAYS[0] else f"{cell}, {100 * gain:+.0f} %")
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return lines
 
 
 def measure(rounds: int, seconds: float, only: str) -> dict[str, Any]:
@@ -144,6 +230,7 @@ def measure(rounds: int, seconds: float, only: str) -> dict[str, Any]:
                             flush=True,
                         )
     return {
+        "ways": ways(rounds) if only in ("", "tap", "ways") else {},
         "bytes": 64,
         "rounds": rounds,
         "seconds": seconds,
@@ -195,12 +282,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement (3)")
     parser.add_argument("--json", metavar="FILE", help="write all values to a file, too")
     parser.add_argument(
-        "--only", default="", metavar="WORDS", help='such as "loop" or "loop split"'
+        "--only", default="", metavar="WORDS", help='such as "loop", "tap split" or "ways"'
     )
     parser.add_argument("--table", metavar="FILE", help="print the table of such a file, and end")
     args = parser.parse_args()
     if args.table:
-        print("\n".join(table(json.loads(Path(args.table).read_text()))))
+        tell(json.loads(Path(args.table).read_text()))
         return
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("bench-native: front-end and back-end need one CPU each, but there is one")
@@ -211,7 +298,15 @@ def main() -> None:
     result = measure(args.rounds, args.seconds, args.only)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(table(result)))
+    tell(result)
+
+
+def tell(result: dict[str, Any]) -> None:
+    """Print the tables of what was measured."""
+    if result["values"]:
+        print("\n".join(table(result)))
+    if result.get("ways"):
+        print("\n".join(ways_table(result["ways"])))
 
 
 if __name__ == "__main__":
