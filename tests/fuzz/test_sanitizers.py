@@ -42,14 +42,14 @@ def test_worker_and_its_callers_do_not_race() -> None:
     """tests/fuzz/race.sh: all that other threads may do while a worker runs."""
     run = subprocess.run([ROOT / "tests/fuzz/race.sh", SECONDS], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("no race") == 4
+    assert run.stdout.count("no race") == 5
 
 
 def test_killed_at_any_instruction() -> None:
     """tests/fuzz/kill.sh: a vhost-user back-end's heir loses and repeats no chain."""
     run = subprocess.run([ROOT / "tests/fuzz/kill.sh"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("killed at each of") == 4
+    assert run.stdout.count("killed at each of") == 7
 
 
 def test_unit_tests_on_a_sanitized_build(tmp_path: Path) -> None:
