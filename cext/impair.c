@@ -344,6 +344,18 @@ bool pv_impair_idle(const struct pv_impair *im, int way)
 }
 
 /**
+ * pv_impair_used_idle() - Whether a way's used entries keep their order
+ * @im:		The object; by the worker
+ * @way:	0 receive, 1 transmit
+ *
+ * Return: true if there is no rule for used entries of this way
+ */
+bool pv_impair_used_idle(const struct pv_impair *im, int way)
+{
+	return !(__atomic_load_n(&im->used, __ATOMIC_RELAXED) >> way & 1);
+}
+
+/**
  * pv_impair_set_passing() - Say whether a frame that is to pass could not go yet
  * @im:		The object; by the worker
  * @way:	0 receive, 1 transmit
@@ -954,7 +966,7 @@ bool pv_impair_used(struct pv_impair *im, int way, uint64_t now)
 	struct rules *rules;
 	bool found = false;
 
-	if (!(__atomic_load_n(&im->used, __ATOMIC_RELAXED) >> way & 1))
+	if (pv_impair_used_idle(im, way))
 		return false;
 	rules = rules_get(im);
 	for (uint32_t i = 0; rules && i < rules->count; i++) {

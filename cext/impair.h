@@ -175,6 +175,7 @@ void pv_impair_sent(struct pv_impair *im, int way);
 uint64_t pv_impair_next(const struct pv_impair *im, int way);
 uint64_t pv_impair_interrupt(struct pv_impair *im, int way, uint64_t now, bool wanted);
 uint64_t pv_impair_kick(struct pv_impair *im, int way, uint64_t now);
+bool pv_impair_used_idle(const struct pv_impair *im, int way);
 bool pv_impair_used(struct pv_impair *im, int way, uint64_t now);
 void pv_impair_used_done(struct pv_impair *im, int way, uint32_t deed);
 

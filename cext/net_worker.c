@@ -428,7 +428,7 @@ static bool back_begins(struct pv_net_worker *w, int q, uint32_t chains, size_t 
 	struct back *b = &w->back[q];
 	uint64_t now;
 
-	if (!im)
+	if (!im || pv_impair_used_idle(im, q))
 		return false;
 	now = pv_now_ns();
 	if (!pv_impair_used(im, q, now) || b->count)
@@ -452,11 +452,12 @@ static void back_add(struct pv_net_worker *w, int q, uint16_t head, uint16_t slo
 	b->done[b->count++] = (struct pv_done){.head = head, .slots = slots, .len = len};
 }
 
-/* Give back the chains that wait, with the next flush: behind another packet's, or too late. */
-static void back_push(struct pv_net_worker *w, int q, uint32_t deed)
+/* For the trace: the chains that wait are about to be given back. */
+static void trace_back(struct pv_net_worker *w, int q, uint32_t deed)
 {
-	struct back *b = &w->back[q];
-	struct pv_trace_event e = {.kind = PV_TRACE_FAULT,
+	const struct back *b = &w->back[q];
+	struct pv_trace_event e = {.ts = pv_now_ns(),
+				   .kind = PV_TRACE_FAULT,
 				   .value = b->len,
 				   .reg = (uint32_t)q,
 				   .count = deed,
@@ -464,15 +465,21 @@ static void back_push(struct pv_net_worker *w, int q, uint32_t deed)
 				   .region = pv_vring_position(&w->ring[q], w->ring[q].used_next),
 				   .write = true};
 
+	pv_trace_put(w->cfg.trace, &e);
+}
+
+/* Give back the chains that wait, with the next flush: behind another packet's, or too late. */
+static void back_push(struct pv_net_worker *w, int q, uint32_t deed)
+{
+	struct back *b = &w->back[q];
+
 	if (!b->count)
 		return;
+	if (w->cfg.trace)
+		trace_back(w, q, deed);
 	push_burst(w, q, b->done, b->count);
 	b->count = 0;
 	pv_impair_used_done(impair_of(w), q, deed);
-	if (!w->cfg.trace)
-		return;
-	e.ts = pv_now_ns();
-	pv_trace_put(w->cfg.trace, &e);
 }
 
 /* No other packet is waited for any more. */
