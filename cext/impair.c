@@ -548,6 +548,7 @@ static bool vouch_no_more(struct line *l, uint32_t f)
 /* Cut a frame that waits short, to keep bytes or a random number. False: it is left alone. */
 static bool cut(struct line *l, uint32_t f, int way, uint64_t keep, uint64_t random)
 {
+	const uint32_t hint = offsetof(struct virtio_net_hdr, hdr_len);
 	struct waiting *w = &l->frame[f];
 	uint64_t least = way == TRANSMIT ? ETH_HEADER : 0, len = w->len - w->hdr_len;
 
@@ -557,6 +558,9 @@ static bool cut(struct line *l, uint32_t f, int way, uint64_t keep, uint64_t ran
 		keep = least;
 	if (keep >= len || !vouch_no_more(l, f))
 		return false;
+	/* A tap refuses a frame whose headers would be longer than the frame (EINVAL). */
+	if (w->hdr_len >= LEGACY_HDR)
+		*byte_at(l, f, hint) = *byte_at(l, f, hint + 1) = 0;
 	w->len = w->hdr_len + (uint32_t)keep; /* blocks behind the end stay the frame's */
 	return true;
 }

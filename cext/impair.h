@@ -27,8 +27,9 @@
  * cannot be done: such a frame is left alone and counted.
  *
  * A frame that is cut short loses its end, from a random byte or a given one on: the used length of
- * a receive buffer covers no more. The checksum, and a frame that is to be segmented, are treated as
- * above. On its way to the host, a frame keeps its Ethernet header.
+ * a receive buffer covers no more. The checksum, and a frame that is to be segmented, are treated
+ * as above, and the header's hdr_len becomes 0, for it may be more than what is left. On its way to
+ * the host, a frame keeps its Ethernet header.
  *
  * Of a packet's used entries, pv_impair_used() only says that they are to come behind those of the
  * next packet. They wait in the worker, which knows what the ring allows (net_worker.h).
