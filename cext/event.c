@@ -70,10 +70,11 @@ static bool has_room(int fd)
 }
 
 /**
- * pv_event_signal() - Add 1 to an eventfd of our own, which does not block
- * @fd:		The eventfd
+ * pv_event_signal() - Add 1 to an eventfd
+ * @fd:		The eventfd: our own, which does not block, or a peer's
  *
- * Fails only if the counter is full, and then its reader has been told.
+ * With our own, this fails only if the counter is full, and then its reader has been told. A peer's
+ * may block while it is full: see pv_event_add().
  */
 void pv_event_signal(int fd)
 {

@@ -551,7 +551,8 @@ static inline void split_push(struct pv_vring *vr, uint32_t at, uint16_t head, u
  * @slots:	From the chain
  * @len:	Bytes that the device wrote
  *
- * Chains are pushed in the order in which they were popped. The guest sees them after
+ * Chains may be pushed in another order than they were popped, unless IN_ORDER is negotiated; all
+ * that were popped before the last one published are published with it. The guest sees them after
  * pv_vring_flush(), all at once.
  */
 void pv_vring_push(struct pv_vring *vr, uint16_t head, uint16_t slots, uint32_t len)
