@@ -773,7 +773,7 @@ static void trace_packet(struct pv_net_worker *w, int q, const struct iovec *iov
 		(void)pv_mem_gpa(vr->mem, iov[i].iov_base, &e.addr);
 		pv_trace_put(t, &e);
 	}
-	if (!moved) /* the host may have no page there, as the tap found, and this would be SIGBUS */
+	if (!moved) /* the tap found no page of the host there, and this would be SIGBUS */
 		return;
 	pv_segments_load(iov, 0, first, have);
 	for (size_t from = 0; from < have; from += PV_TRACE_DATA) {
