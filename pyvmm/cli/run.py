@@ -191,8 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--initrd",
         metavar="I",
         action="append",
-        help="initial RAM disk, or the name of an image to take its (of the image, with --root and "
-        "--share); repeatable",
+        help="initial RAM disk, or the name of an image to take its (default: the image's; with "
+        "--kernel, only if --root or --share is given); repeatable",
     )
     add("--add", metavar="F[:PATH]", action="append", default=[], help=ADD_HELP)
     add("--share", metavar="DIR[:PATH][:rw]", action="append", default=[], help=SHARE_HELP)
@@ -571,12 +571,23 @@ def _start_helper(args: argparse.Namespace, stack: ExitStack, without: Sequence[
 
 
 def _initrds(args: argparse.Namespace) -> list[str]:
-    """The paths of the initrds, which may be named by their images. What --root and --share give,
-    our init mounts: so a kernel of the user's gets the image's initrd with them.
+    """The paths of the initrds, which may be named by their images.
+
+    pyvmm's init mounts the root and the shares. So a kernel of the user's gets the image's initrd
+    if it has none.
+
+    :raises ImageError: there is no such image, or the kernel is none.
     """
-    mounts = args.kernel is not None and (args.root is not None or args.share)
-    if not args.initrd and not mounts:
-        return []
+    if not args.initrd:
+        # A kernel with a disk has an init of its own there.
+        mounts = args.root is not None or (args.share and not args.disk)
+        if args.kernel is None or not mounts:
+            return []
+        if not _is_pipe(args.kernel):  # which can be read only once, and later
+            from pyvmm.boot import is_linux
+
+            if not is_linux(args.kernel):
+                return []
     from pyvmm.images import find, is_name
 
     if not args.initrd:

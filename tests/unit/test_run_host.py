@@ -14,6 +14,7 @@ import pytest
 from pyvmm import cli
 from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.testbed import testbed
+from tests.unit.test_boot import make_bzimage
 
 ROOT = Path(__file__).resolve().parents[2]
 PYVMM = [sys.executable, "-m", "pyvmm"]
@@ -105,15 +106,30 @@ def test_an_open_pipe_may_still_bring_words() -> None:
 @pytest.mark.parametrize("option", ["--root", "--share"])
 def test_what_our_init_mounts_brings_the_image_s_initrd(option: str, tmp_path: Path) -> None:
     """There is no image, and so no initrd, unless one is named."""
-    (tmp_path / "kernel").write_text("no kernel\n")
+    (tmp_path / "kernel").write_bytes(make_bzimage())
     own = ("--kernel", str(tmp_path / "kernel"))
     without = run(subprocess.DEVNULL, "--image", "other", "--", "true")
     assert without[0] == 105 and "'other'" in without[1]
     asked = run(subprocess.DEVNULL, *own, "--image", "other", option, "/usr", "--", "true")
     assert asked == without
-    for args in ((option, "/usr", "--initrd", "/nonexistent/initrd"), ()):
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(4096))
+    words = (*own, "--disk", str(disk), "--image", "other", option, "/usr", "--", "true")
+    with_disk = run(subprocess.DEVNULL, *words)
+    assert ("'other'" in with_disk[1]) == (option == "--root"), with_disk
+    (tmp_path / "kernel").write_text("no kernel\n")
+    for args in ((option, "/usr"), (option, "/usr", "--initrd", "/nonexistent/initrd"), ()):
         status, err = run(subprocess.DEVNULL, *own, *args, "--", "true")
         assert status == 105 and own[1] in err, "no image is looked for"
+
+
+def test_a_kernel_from_a_pipe_gets_the_image_s_initrd(tmp_path: Path) -> None:
+    """Nothing is read of the pipe to find out what the kernel is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    own = ("--kernel", str(pipe), "--image", "other", "--root", "/usr", "--", "true")
+    status, err = run(subprocess.DEVNULL, *own)
+    assert status == 105 and "'other'" in err
 
 
 # --- where it runs --------------------------------------------------------------------------------
