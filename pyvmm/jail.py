@@ -313,7 +313,7 @@ class Cell(Closing):
         owner = (want.uid, want.gid)
         emptyroot.enter(places, devices, owner, scratch=SCRATCH_SIZE, here=here)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))  # virtiofsd takes all of it
         here = os.path.dirname(os.path.abspath(__file__))
         # Whoever outside has ended before the second call is found by the socket.
         for error in (lib.pv_become_user(want.uid, want.gid), lib.pv_follow_parent(0)):
