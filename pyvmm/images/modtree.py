@@ -24,6 +24,9 @@ SUFFIXES = (".ko", ".ko.gz", ".ko.xz", ".ko.zst")
 MARKS = ("kernel", "modules.dep", "modules.order", "modules.builtin")
 #: Indexes that kmod's modprobe reads in place of texts (pyvmm/images/kmod.py).
 DEP_BIN, ALIAS_BIN, BUILTIN_BIN = "modules.dep.bin", "modules.alias.bin", "modules.builtin.bin"
+#: What is not packed as it is: paths may have changed, and without modules.dep, aliases are made.
+REMADE = ("modules.dep", "modules.order", DEP_BIN)
+ALIASES = ("modules.alias", ALIAS_BIN)
 
 
 class Tree:
@@ -166,23 +169,29 @@ class Tree:
         else:
             self._make(infos)
         for name, host in sorted(self._others.items()):
-            if name in ("modules.dep", "modules.order", DEP_BIN):  # paths may have changed
+            if name in REMADE or (not dep and name in ALIASES):
                 continue
             archive.host_file(place(f"{base}/{name}", host), HostFile(host))
 
         def made(name: str, data: bytes) -> None:
             archive.file(place(f"{base}/{name}", name), data)
 
-        lines = [
-            (_name(path), f"{path}:{''.join(f' {n}' for n in needs)}")
+        # Of two modules with one name the last is loaded, mostly that of updates/.
+        lines = {
+            _name(path): f"{path}:{''.join(f' {n}' for n in needs)}"
             for path, needs in self.needs.items()
-        ]
-        made("modules.dep", os.fsencode("".join(f"{line}\n" for _, line in lines)))
-        made(DEP_BIN, kmod.index(lines))
+        }
+        made("modules.dep", os.fsencode("".join(f"{line}\n" for line in lines.values())))
+        made(DEP_BIN, kmod.index(lines.items()))
+        aliases = self._aliases
         if not dep:
-            text = "".join(f"alias {alias} {name}\n" for alias, name in self._aliases)
+            text = "".join(f"alias {alias} {name}\n" for alias, name in aliases)
             made("modules.alias", text.encode())
-            made(ALIAS_BIN, kmod.index((kmod.pattern(a), name) for a, name in self._aliases))
+        elif "modules.alias" in self._others:
+            words = (line.split() for line in _text(self._others["modules.alias"]).splitlines())
+            aliases = [(w[1], w[2]) for w in words if len(w) == 3 and w[0] == "alias"]
+        if not dep or ("modules.alias" in self._others and ALIAS_BIN not in self._others):
+            made(ALIAS_BIN, kmod.index((kmod.pattern(a), name) for a, name in aliases))
         if BUILTIN_BIN not in self._others:
             builtin = _text(self._others.get("modules.builtin", "")).split()
             made(BUILTIN_BIN, kmod.index((_name(path), "") for path in builtin))
@@ -215,6 +224,7 @@ class Tree:
         self._aliases = [
             (value, _name(path))
             for path, info in infos.items()
+            if by_name[_name(path)] == path
             for key, value in info
             if key == "alias"
         ]

@@ -334,8 +334,7 @@ def dep(made: Additions) -> dict[str, list[str]]:
 def wanted(root: Path, name: str) -> list[str]:
     """What kmod's modprobe would load in a guest, in this order."""
     modprobe = shutil.which("modprobe", path="/usr/sbin:/sbin")
-    if modprobe is None:
-        pytest.skip("needs modprobe: apt install kmod")
+    assert modprobe is not None
     command = [modprobe, "-d", str(root), "-S", "9.9.9-x", "--show-depends", name]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [line.split()[1] for line in out.splitlines() if line.startswith("insmod ")]
@@ -370,12 +369,12 @@ def test_modules_of_a_build_tree(built: Path, tmp_path: Path) -> None:
         additions(modules=built)
 
 
-@pytest.mark.parametrize("below", ["", "lib/modules", "lib/modules/9.9.9-x"])
-@pytest.mark.parametrize("with_dep", [True, False])
-def test_installed_and_compressed_modules(
-    built: Path, tmp_path: Path, below: str, with_dep: bool
-) -> None:
-    root = tmp_path / "out/lib/modules/9.9.9-x"
+BASE = "lib/modules/9.9.9-x"
+
+
+def install(built: Path, top: Path, with_dep: bool) -> dict[str, bytes]:
+    """Install the modules of a build tree, compressed; gives them as they were."""
+    root = top / BASE
     (root / "kernel").mkdir(parents=True)
     (root / "build").symlink_to(built)
     plain = {name: (built / f"drivers/{name}.ko").read_bytes() for name in ("a", "b", "c", "e-f")}
@@ -390,27 +389,105 @@ def test_installed_and_compressed_modules(
             "kernel/a.ko.xz:\nkernel/b.ko.zst: kernel/a.ko.xz\n"
             "kernel/c.ko.gz: kernel/b.ko.zst kernel/a.ko.xz\nkernel/e-f.ko:\n"
         )
+    return plain
+
+
+def guest_of(made: Additions, top: Path) -> Path:
+    """Unpack the modules and what modprobe reads, as the guest has them."""
+    for entry, content in made.archive.entries.items():
+        if "/modules." in entry or entry.endswith(".ko"):
+            (top / entry).parent.mkdir(parents=True, exist_ok=True)
+            (top / entry).write_bytes(content.data or b"")
+    return top
+
+
+@pytest.mark.parametrize("below", ["", "lib/modules", BASE])
+@pytest.mark.parametrize("with_dep", [True, False])
+def test_installed_and_compressed_modules(
+    built: Path, tmp_path: Path, below: str, with_dep: bool
+) -> None:
+    plain = install(built, tmp_path / "out", with_dep)
     made = additions(modules=tmp_path / "out" / below)
     assert dep(made) == {"a.ko": [], "b.ko": ["a.ko"], "c.ko": ["b.ko", "a.ko"], "e-f.ko": []}
     entries = made.archive.entries
-    base = "lib/modules/9.9.9-x"
-    assert {n: entries[f"{base}/kernel/{n}.ko"].data for n in ("a", "b", "c")} == {
+    assert {n: entries[f"{BASE}/kernel/{n}.ko"].data for n in ("a", "b", "c")} == {
         n: plain[n] for n in ("a", "b", "c")
     }
-    assert f"{base}/modules.softdep" in entries
-    if below:  # one of them is enough to see what kmod makes of our indexes
-        return
-    for entry, content in entries.items():
-        if "/modules." in entry or entry.endswith(".ko"):
-            (tmp_path / "guest" / entry).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "guest" / entry).write_bytes(content.data or b"")
-    kernel = f"{tmp_path}/guest/{base}/kernel"
-    assert wanted(tmp_path / "guest", "c") == [f"{kernel}/{n}.ko" for n in "abc"]
-    if not with_dep:
-        assert wanted(tmp_path / "guest", "pci:v00003x") == [f"{kernel}/e-f.ko"]
-    (root / "kernel/a.ko.xz").write_bytes(b"\xfd7zXZ broken")
+    assert f"{BASE}/modules.softdep" in entries
+    (tmp_path / "out" / BASE / "kernel/a.ko.xz").write_bytes(b"\xfd7zXZ broken")
     with pytest.raises(ImageError, match=r"a\.ko\.xz' cannot be packed"):
         additions(modules=tmp_path / "out" / below)
+
+
+@pytest.mark.skipif(
+    shutil.which("modprobe", path="/usr/sbin:/sbin") is None,
+    reason="needs modprobe: apt install kmod",
+)
+@pytest.mark.parametrize("with_dep", [True, False])
+def test_what_modprobe_makes_of_our_indexes(built: Path, tmp_path: Path, with_dep: bool) -> None:
+    install(built, tmp_path / "out", with_dep)
+    if with_dep:
+        aliases = "# Aliases\nalias pci:v00003* e_f\nalias x-[a-b] a\n"
+        (tmp_path / "out" / BASE / "modules.alias").write_text(aliases)
+    guest = guest_of(additions(modules=tmp_path / "out"), tmp_path / "guest")
+    kernel = f"{guest}/{BASE}/kernel"
+    assert wanted(guest, "c") == [f"{kernel}/{n}.ko" for n in "abc"]
+    assert wanted(guest, "pci:v00003x") == [f"{kernel}/e-f.ko"]
+
+
+def test_indexes_that_are_there_without_modules_dep(built: Path, tmp_path: Path) -> None:
+    """They are those of other modules, and are made again; with modules.dep they stay."""
+    root = tmp_path / "out" / BASE
+    install(built, tmp_path / "out", with_dep=False)
+    for name in ("modules.alias", "modules.alias.bin"):
+        (root / name).write_text("old")
+    entries = additions(modules=root).archive.entries
+    assert b"alias pci:v00003* e_f\n" in (entries[f"{BASE}/modules.alias"].data or b"")
+    assert (entries[f"{BASE}/modules.alias.bin"].data or b"").startswith(b"\xb0\x07\xf4\x57")
+    (root / "modules.dep").write_text("kernel/a.ko.xz:\n")
+    entries = additions(modules=root).archive.entries
+    for name in ("modules.alias", "modules.alias.bin"):
+        source = entries[f"{BASE}/{name}"].source
+        assert isinstance(source, HostFile) and source.path == str(root / name)
+    (root / "modules.alias.bin").unlink()
+    entries = additions(modules=root).archive.entries
+    assert (entries[f"{BASE}/modules.alias.bin"].data or b"").startswith(b"\xb0\x07\xf4\x57")
+
+
+@pytest.mark.parametrize("with_dep", [True, False])
+def test_of_two_modules_with_one_name_the_last(built: Path, tmp_path: Path, with_dep: bool) -> None:
+    """There is one of them in the text and in the index, which is the one that init loads."""
+    root = tmp_path / "out" / BASE
+    install(built, tmp_path / "out", with_dep)
+    (root / "updates").mkdir()
+    compile(root / "updates/b.ko", MODULE.format(name="b", depends="e-f", n=9), "-c")
+    if with_dep:
+        with (root / "modules.dep").open("a") as file:
+            file.write("updates/b.ko: kernel/e-f.ko\n")
+    beneath = Archive()
+    beneath.file("/etc/modules", b"kernel/x/b.ko\n")
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(beneath.pack())
+    entries = (made := additions(modules=root, initrd=initrd)).archive.entries
+    text = (entries[f"{BASE}/modules.dep"].data or b"").decode()
+    assert [line for line in text.splitlines() if "/b.ko:" in line] == [
+        "updates/b.ko: kernel/e-f.ko"
+    ]
+    assert dep(made)["b.ko"] == ["e-f.ko"]
+    assert (entries[f"{BASE}/modules.dep.bin"].data or b"").count(b"/b.ko:") == 1
+    assert (entries["etc/modules"].data or b"").split() == [b"kernel/e-f.ko", b"updates/b.ko"]
+    if not with_dep:
+        aliases = (entries[f"{BASE}/modules.alias"].data or b"").decode()
+        assert "alias pci:v00009* b\n" in aliases and "alias pci:v00001* b\n" not in aliases
+
+
+def test_a_module_with_aliases_that_begin_with_each_other(built: Path) -> None:
+    source = 'const char info[] __attribute__((section(".modinfo"), used)) ='
+    source += "".join(f'"alias={"a" * n}\\0"' for n in range(1, 1501))
+    compile(built / "drivers/a.ko", f"{source};", "-c")
+    with pytest.raises(ImageError, match=r"^module 'a': more than 200 names or aliases") as told:
+        additions(modules=built)
+    assert "\n" not in str(told.value)
 
 
 def test_the_modules_must_fit_the_kernel(built: Path, tmp_path: Path) -> None:
