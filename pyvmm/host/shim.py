@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from pyvmm.errors import HostError
 from pyvmm.fd import Fd
@@ -13,6 +14,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.join(os.path.dirname(_HERE), "testbed", "shim.c")
 #: Compiled when the package was built (``images.sources.fill``).
 BUILT = os.path.join(os.path.dirname(_HERE), "share", "testbed", "shim.so")
+#: Whatever root's umask is, the user of a jail opens the library.
+MODE = 0o755
 
 
 def open_shim() -> tuple[Fd, dict[str, str]]:
@@ -37,11 +40,17 @@ def _compiled() -> str:
     with open(SOURCE, "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
     target = f"{cache_dir()}/shim-{digest[:12]}.so"
-    if not os.path.exists(target):
+    try:
+        mode = stat.S_IMODE(os.stat(target).st_mode)
+    except FileNotFoundError:
         work = f"{target}.{os.getpid()}"
         compile_shim(SOURCE, work)
+        os.chmod(work, MODE)
         os.rename(work, target)
+        mode = MODE
     check_tree(target)
+    if mode & MODE != MODE and not os.geteuid():  # the file is root's, as the check has found
+        os.chmod(target, MODE)
     return target
 
 
