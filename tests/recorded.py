@@ -80,9 +80,12 @@ class Archive:
             "Dir::State::Status": directory / "status",
             # Where Apt puts them, for an apt that we do not call.
             "Dir::State::Lists": directory / "cache/pyvmm/apt/base/lists",
+            # As root, apt would keep its index of these lists in the system's.
+            "Dir::Cache": directory / "apt-cache",
             "APT::Architecture": "amd64",
         }
         (directory / "status").write_text("")
+        (directory / "apt-cache").mkdir()
         (directory / "apt.conf").write_text("".join(f'{k} "{v}";\n' for k, v in settings.items()))
         monkeypatch.setenv("APT_CONFIG", str(directory / "apt.conf"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
