@@ -105,9 +105,10 @@ def theirs(topology: str, sockets: list[str]) -> Iterator[int]:
     within: list[str] = []
     if topology == "tap":
         vdevs.append(f"net_tap0,iface={TAP}")
-        # The driver makes its tap; until then the commands wait beside it.
-        wait = f"until ip link show {TAP} >/dev/null 2>&1; do sleep 0.05; done"
-        within = in_namespace(f"({wait}; {TURN}) &")
+        # The driver makes its tap; until then the commands wait beside testpmd, which takes the
+        # place of the shell. If testpmd ends, so do they, and they do not hold its pipe open.
+        wait = f"until ip link show {TAP}; do kill -0 $$ || exit 1; sleep 0.05; done"
+        within = in_namespace(f"({wait}; {TURN}) >/dev/null 2>&1 &")
     options = ("--forward-mode=io", "--auto-start")
     with TestPmd(*vdevs, options=options, cpu=BACK_CPU, within=within) as pmd:
         pmd.expect("Done", PATIENCE)
