@@ -56,6 +56,8 @@ def test_a_shell_is_on_the_console(tmp_path: Path, pyvmm: str, shell: str) -> No
     assert done.stderr == (
         "vm2c.py: the shell is on the console; begin with: mount bpffs -t bpf /sys/fs/bpf/\n"
     )
+    done = call(tmp_path / "tests", tmp_path / "tests", shell, pyvmm)
+    assert done.stderr == "vm2c.py: the shell is on the console\n", "there is nothing to begin with"
 
 
 def test_no_pyvmm(tmp_path: Path) -> None:

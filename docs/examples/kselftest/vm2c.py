@@ -28,7 +28,8 @@ def main(words: list[str]) -> int:
     argv += ["--net", "none", *(f"--share={directory}:rw" for directory in shares)]
     first, _, last = args.command.rpartition(";")
     if last.strip() in SHELLS:
-        print(f"vm2c.py: the shell is on the console; begin with: {first}", file=sys.stderr)
+        hint = f"; begin with: {first}" if first.strip() else ""
+        print(f"vm2c.py: the shell is on the console{hint}", file=sys.stderr)
     else:
         argv += ["--", "bash", "-c", args.command]
     try:
