@@ -10,14 +10,16 @@ import random
 import resource
 import struct
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pyvmm.assembly import Description, cmdline, extra_archive
+from pyvmm.cli.support.jailed import take_mounts
 from pyvmm.devices.guest_port import PHASES
-from pyvmm.errors import DiskError, ShareError, UsageError
+from pyvmm.errors import DiskError, JailError, ShareError, UsageError
 from pyvmm.host import virtiofsd
 from pyvmm.hostnet import isolate
 from pyvmm.memory import GuestMemory
@@ -458,3 +460,21 @@ def test_a_back_end_that_dies_is_replaced(
         ring.publish()
         assert wait_for(lambda: ring.take_used(), PATIENCE)
         assert fake.seen.count(spec.VHOST_USER_SET_OWNER) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        *((OSError(n, os.strerror(n)), "root of the host") for n in (errno.EPERM, errno.ENOSYS)),
+        (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), "name it again"),
+        (OSError("/x has been replaced"), "name it again"),
+    ],
+)
+def test_what_to_do_about_a_share_that_a_jail_cannot_have(error: OSError, remedy: str) -> None:
+    def fail() -> list[int]:
+        raise error
+
+    device: Any = SimpleNamespace(socket="/x", detach=fail, attached=lambda: None)
+    with ExitStack() as stack, pytest.raises(JailError, match=remedy) as told:
+        take_mounts([device], stack, [])
+    assert str(error.strerror or error) in str(told.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 SHARED = ("/", "/run", "/tmp", "/var", "/var/run", "/var/tmp", "/dev", "/dev/shm", "/etc", "/root")
 #: Keys of ``--net`` that are about the host's side of a card, which is open in the jail.
 OUTSIDE = ("tap", "bridge", "macvtap", "host")
+#: What mount calls answer if this root may not mount, or the kernel or a sandbox has no such call.
+FORBIDDEN = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
 
 def run_in(
@@ -73,7 +76,9 @@ def take_mounts(devices: Iterable[Device], stack: ExitStack, files: list[str]) -
         except OSError as e:
             raise JailError(
                 f"{device.socket} cannot be had in a jail: {e.strerror or e}",
-                "it takes root of the host, or of a container that may mount",
+                "it takes root of the host, or of a container that may mount"
+                if e.errno in FORBIDDEN
+                else "name it again: it may have been replaced",
             ) from e
     if mounts:
         from pyvmm.host import shim
