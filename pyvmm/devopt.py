@@ -228,9 +228,9 @@ class Device:
         """Called in the end: release what was begun, and not taken by ``connector``."""
 
     def detach(self) -> list[int]:
-        """Called before ``begin`` where another process will do that, which has none of the host's
-        files (docs/jail.md): open what the back-end serves. Returns descriptors that the process
-        needs; the device owns them until ``attached``.
+        """Called before ``begin`` if another process will begin, which has none of the host's files
+        (docs/jail.md): open what the back-end serves. Returns descriptors that the process needs;
+        the device owns them until ``attached``.
 
         :raises OSError: the kernel or a sandbox does not allow this, or a file has been replaced.
         """
@@ -269,7 +269,7 @@ class StartedDevice(Device):
     timeout = 30.0
     _begun: ChildConnector | None = None
     _connector: ChildConnector | None = None
-    #: Paths -> their mounts; empty where the back-end finds the paths itself.
+    #: Paths -> their mounts; empty if the back-end finds the paths itself.
     _mounts: Mapping[str, Fd] = MappingProxyType({})
 
     def start_backend(self) -> ChildConnector:

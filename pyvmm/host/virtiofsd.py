@@ -77,7 +77,7 @@ class FsConnector(ChildConnector):
     """Starts a virtiofsd and makes the one connection to it.
 
     :param directory: to be served, without symbolic links. :param cache: see ``command``.
-    :param mount: a mount of the directory (``isolate.detach``), lent, where this process has no
+    :param mount: a mount of the directory (``isolate.detach``), lent, if this process has no
         such directory; else -1.
     :raises ShareError: there is no virtiofsd, or it cannot be started.
     """

@@ -110,8 +110,8 @@ def bind(source: str, target: str) -> None:
 
 def detach(path: str, *, writable: bool) -> int:
     """A mount of its own of a file or directory, without what is mounted below, without devices
-    and set-user-ID programs. It is attached nowhere: who has the descriptor may ``attach`` it, in
-    whichever mount namespace, and finds no way from it to what is outside of it.
+    and set-user-ID programs. It is attached nowhere: whoever has the descriptor may ``attach``
+    it, in whichever mount namespace, and finds no way from it to what is outside of it.
 
     :param path: without symbolic links. :returns: the caller's descriptor.
     :raises OSError: as ``open_found``; or the kernel or a sandbox does not allow this.
