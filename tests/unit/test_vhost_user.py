@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -806,14 +807,15 @@ def stop_in_a_batch(process: subprocess.Popen[bytes], guest: Guest, near: socket
     """SIGSTOP a back-end of packed rings while it has received frames that it has not published."""
     rx = guest.driver.rx
     assert isinstance(rx, PackedRing)
-    dice, end = random.Random(1), time.monotonic() + PATIENCE
-    while True:
-        assert time.monotonic() < end
+    dice, end = random.Random(1), time.monotonic() + 2 * PATIENCE
+    for tries in count():
+        assert time.monotonic() < end, f"no stop in a batch in {tries} tries"
         with suppress(BlockingIOError):
             while True:
                 near.send(bytes(12) + frame(0))
         process.send_signal(signal.SIGCONT)
-        time.sleep(dice.random() / 1000)
+        # A busy machine gives the process no CPU at once: the range grows with the tries.
+        time.sleep(dice.random() * min(50, 1 + tries / 100) / 1000)
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all its threads, also the worker's
         guest.driver.poll()
