@@ -116,7 +116,9 @@ def test_bursts_go_round_rings_of_any_size(size: int, form: RingFormat) -> None:
     with joined(size=size, start=start, rx_buffers=min(size, 256)) as (near, far):
         near.start()
         far.start()
+        end = time.monotonic() + PATIENCE
         while sent < 300:
+            assert time.monotonic() < end, f"{sent} of 300 frames sent, and no room for more"
             near.driver.tx.take_used()
             count = min(near.driver.tx.room, 300 - sent, dice.choice((1, 2, 5, 40)))
             if count:
