@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 #: Seconds that a job may still take once all conversations have been cut: it needs none but those
-#: that a busy machine takes to run its thread, which are more under emulation. Then it is given up.
+#: that a busy machine takes to run its thread, which are more in the testbed. Then it is given up.
 AFTER_CUT_S = 5.0 if "PYVMM_IN_TESTBED" not in os.environ else 20.0
 
 
