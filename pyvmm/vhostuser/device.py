@@ -160,8 +160,7 @@ class VhostUserDevice:
         agreed = rings.acked, rings.memory, rings.size
         if s.prepared != agreed:
             if s.prepared is not None:
-                rings.undo()
-                rings.forget_inflight()  # the file is for rings of another size
+                rings.leave_inflight()  # the file is for rings of another size
             self._introduce(s, *agreed)
         s.prepared = None
         rings.give(s, bases)

@@ -46,13 +46,13 @@ class RingSet:
         self.inflight: InflightFile | None = None
         self._history = history
         self._stopped_at: dict[int, int] = {}  # positions of rings that ``stop_some`` stopped
-        self._served = False  # a back-end has had the rings since ``use``
+        self._unserved: dict[int, int] = {}  # positions; empty while a back-end may have moved on
         self.errs = eventfds(count)
 
     def use(self, acked: int, memory: GuestMemory, rings: Sequence[Virtqueue]) -> None:
         """Use these rings from now on."""
         self.acked, self.memory, self.rings = acked, memory, list(rings)
-        self._served = False
+        self._unserved = {ring.index: ring.base for ring in rings}
         self.times.began, self._stopped_at = {}, {}
         for err in self.errs:
             err.drain()
@@ -83,8 +83,8 @@ class RingSet:
 
     def _from_used(self, ring: Virtqueue) -> int:
         at = ring.format.returned(self.memory, ring)
-        if at is None and not self._served:
-            at = ring.base
+        if at is None:
+            at = self._unserved.get(ring.index)
         if at is None and self.inflight is not None:
             places = self.inflight.places(ring.index, ring.size)
             if places is not None:
@@ -102,7 +102,7 @@ class RingSet:
         a next owner who does not know the notes; a back-end that gets them does so itself, and
         knows better whether its predecessor has published the batch since.
         """
-        if self.inflight is None or not self._served:
+        if self.inflight is None or self._unserved:
             return
         for ring in self.rings:
             places = self.inflight.places(ring.index, ring.size)
@@ -118,9 +118,19 @@ class RingSet:
         """Have the back-end note chains in the file of its predecessor, or in a new one."""
         file = s.share_inflight(self.inflight, len(self.errs), size)
         if file is not self.inflight:
-            self.undo()
-            self.forget_inflight()
+            self.leave_inflight()
             self.inflight = file
+
+    def leave_inflight(self) -> None:
+        """Close the in-flight file, because the next back-end gets another one or none. What its
+        notes tell is kept: that back-end may go before it has served anything.
+        """
+        if self.inflight is not None:
+            positions = self.from_used()
+            self.undo()
+            indices = (ring.index for ring in self.rings)
+            self._unserved = dict(zip(indices, positions, strict=True))
+        self.forget_inflight()
 
     def forget_inflight(self) -> None:
         """Close the in-flight file, because its notes are of no use any more."""
@@ -137,7 +147,7 @@ class RingSet:
         for ring in self.rings:
             ring.kick.nudge()  # for chains that were made available before
             self.times.began[ring.index] = now
-        self._served = True
+        self._unserved = {}
 
     def take(self, s: Session) -> list[int]:
         """Take all rings back; returns the positions."""

@@ -51,6 +51,7 @@ from tests.vu_fake import HOSTILE, Fake, raw
 if TYPE_CHECKING:
     from pyvmm.backend.frontend import Handler, Service
     from pyvmm.datapath.base import PathEvents
+    from tests.vu_fake import Answer
 
 PATIENCE = 60.0
 VERSION_1 = bits("VIRTIO_F_VERSION_1")
@@ -833,11 +834,36 @@ def receive_all(guest: Guest, near: socket.socket) -> None:
     assert guest.driver.received == sent and not guest.faults
 
 
-@pytest.mark.parametrize("heir", ["emulated", "without notes", "with notes", "itself"])
+def refuse_memory(path: str, guest: Guest) -> None:
+    """Be a back-end without notes that agrees on everything but the memory."""
+
+    class Refusing(Fake):
+        FEATURES = guest.path.features() | 1 << spec.VHOST_USER_F_PROTOCOL_FEATURES
+
+    request = spec.VHOST_USER_SET_MEM_TABLE
+    answers: dict[int, Answer] = {request: raw(request, struct.pack("<Q", 1))}
+    with closing(Listener(path)) as listener, Refusing(listener, answers=answers) as heir:
+        # The second time, nobody has kept notes any more.
+        assert wait_for(lambda: heir.seen.count(request) >= 2, PATIENCE), guest.path.problems
+    assert not guest.path.connected
+
+
+@pytest.mark.parametrize(
+    "heir",
+    [
+        "emulated",
+        "without notes",
+        "with notes",
+        "itself",
+        "without notes, after a refusal",
+        "with notes, after a refusal",
+    ],
+)
 def test_a_back_end_that_ends_in_a_batch_leaves_a_whole_ring(path: str, heir: str) -> None:
     """Used descriptors of a packed ring take the place of available ones. The notes have what was
     there; a data path that does not know these notes finds the ring as the driver has left it. A
-    back-end that was merely disconnected ends its batch, and goes on.
+    back-end that was merely disconnected ends its batch, and goes on. One without notes that does
+    not come to serve leaves all that is known to the next one.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far, ExitStack() as stack:
@@ -869,7 +895,9 @@ def test_a_back_end_that_ends_in_a_batch_leaves_a_whole_ring(path: str, heir: st
         if heir == "itself":
             process.send_signal(signal.SIGCONT)
         else:
-            killer.enter_context(child(path, far, ~INFLIGHT if heir == "without notes" else -1))
+            if "refusal" in heir:
+                refuse_memory(path, guest)
+            killer.enter_context(child(path, far, ~INFLIGHT if "without" in heir else -1))
         assert guest.connected(2), guest.path.problems
         guest.driver.poll()
         receive_all(guest, near)
