@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from pyvmm.kvm.recorder import Scope
 
 
+#: Looks that follow one another faster, in ns, share a step of the trace: the recorder's list is
+#: bounded, and somebody may ask for the counters all the time.
+APART_NS = 1_000_000_000
+
+
 class TapFaults:
     """Has the members of ``datapath.impair.ImpairPoint`` that a card uses. Any thread.
 
     :param tap: lent. :param namespace: of our own, with the tap in it, lent; or None.
-    :param recorder: gets, per look and way, what tc has counted since the look before, for tc tells
-        neither which frames these were nor when; lent.
+    :param recorder: gets, per way, what tc has counted between two looks, and what a change of
+        rules has thrown away; lent. For tc tells neither which frames these were nor when.
     """
 
     #: tc takes no seed.
@@ -35,7 +40,8 @@ class TapFaults:
     ) -> None:
         self._tap, self._tc = tap, Tc(tap.name, namespace)
         self._recorder = recorder
-        self._looked = 0  # when the counters in force began, or were read last; ns
+        self._recorded = 0  # when the counters in force began, or were recorded last; ns
+        self._known: dict[str, int] = {}  # as recorded last
         self._talk = threading.Lock()  # held while tc runs; guards changes of:
         self._state = _State((), {}, {})
         self._there = False  # whether qdiscs of ours may be at the tap
@@ -63,11 +69,10 @@ class TapFaults:
                 self._there = was
                 raise
             except BaseException:
-                self._state = self._state.folded(())
+                self._fold(())
                 raise
             self._there = bool(wanted)
-            self._state = self._state.folded(tuple(rules))
-            self._looked = time.monotonic_ns()
+            self._fold(tuple(rules))
 
     def counters(self) -> dict[str, int]:
         """What tc had counted at the last ``look``: ``rx_fault_loss`` and others. Never waits for
@@ -102,7 +107,7 @@ class TapFaults:
             if self._there:
                 self._look()
                 self._there = False
-                self._state = self._state.folded(())
+                self._fold(())
                 try:
                     self._tc.set({})
                 except PyvmmError:
@@ -117,24 +122,31 @@ class TapFaults:
             except PyvmmError:
                 return  # the tap has gone: as counted last
             self._state = _State(state.rules, state.past, now or state.now)
-            self._record(state.sum(), self._state.sum())
+            if time.monotonic_ns() - self._recorded >= APART_NS:
+                self._record(state.rules)
 
-    def _record(self, before: dict[str, int], after: dict[str, int]) -> None:
-        """Two looks, for the trace."""
-        begin, self._looked = self._looked, time.monotonic_ns()
+    def _fold(self, rules: tuple[FaultRule, ...]) -> None:
+        """Have other rules, after a look; with ``_talk``."""
+        before, self._state = self._state.rules, self._state.folded(rules)
+        self._record(before)
+
+    def _record(self, rules: tuple[FaultRule, ...]) -> None:
+        """What was counted since the last record, for the trace. :param rules: in force then."""
+        begin, self._recorded = self._recorded, time.monotonic_ns()
+        before, self._known = self._known, self._state.sum()
         if self._recorder is None:
             return
         for way in WAYS:
             front = f"{way}_fault_"
             since = {
                 name.removeprefix(front): n - before.get(name, 0)
-                for name, n in after.items()
+                for name, n in self._known.items()
                 if name.startswith(front) and n != before.get(name, 0)
             }
             if since:
-                rules = [str(r) for r in self._state.rules if r.ways >> WAYS.index(way) & 1]
-                args: dict[str, object] = {"way": way, **since, "rules": " ".join(rules)}
-                self._recorder.step("faults by tc", begin, args, end=self._looked)
+                words = [str(r) for r in rules if r.ways >> WAYS.index(way) & 1]
+                args: dict[str, object] = {"way": way, **since, "rules": " ".join(words)}
+                self._recorder.step("faults by tc", begin, args, end=self._recorded)
 
 
 class _State:

@@ -322,7 +322,10 @@ def test_faults_on_demand_are_arrows_where_they_happened() -> None:
     once = {"ph": "i", "s": "t", "cat": "control", "name": "fault", "pid": pid, "tid": 1}
     document["traceEvents"].append(once | {"ts": last + 9, "args": {"fault": "needs-reset"}})
     span = {"ph": "X", "cat": "control", "name": "faults by tc", "pid": pid, "tid": 5, "dur": 2e6}
-    for way, counts in (("rx", {"frames": 7, "loss": 4}), ("tx", {"frames": 1, "full": EVIL})):
+    for way, counts in (
+        ("rx", {"frames": 7, "loss": 4, "cleared": 2}),
+        ("tx", {"frames": 1, "full": EVIL}),
+    ):
         told = {"way": way, "rules": EVIL, **counts}
         document["traceEvents"].append(span | {"ts": last + 10, "args": told})
     one = take(document, "x")
@@ -341,7 +344,11 @@ def test_faults_on_demand_are_arrows_where_they_happened() -> None:
             "fault on demand: reorder-used: return chain 5 at [2], queue 0",
         ),
         ("vmm", "driver", "fault on demand: needs-reset"),
-        ("host", "tap", "by tc, within 2 s: of 7 frames to the guest, 4 lost"),
+        (
+            "host",
+            "tap",
+            "by tc, within 2 s: of 7 frames to the guest, 4 lost, 2 thrown away with the rules",
+        ),
         ("tap", "host", "by tc, within 2 s: of 1 frame to the host, none lost"),
     ]
     assert ("why", "The frame is lost.", False) in faults[0].details

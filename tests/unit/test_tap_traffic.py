@@ -11,12 +11,13 @@ import subprocess
 import threading
 from pathlib import Path
 from socket import if_nametoindex
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from pyvmm._ext import lib
-from pyvmm.card.traffic import TapFaults
+from pyvmm.card.traffic import APART_NS, TapFaults
 from pyvmm.card.uplink import Uplink
 from pyvmm.errors import HostError, UsageError
 from pyvmm.faultopt import of_text
@@ -245,31 +246,54 @@ def test_a_refused_change_counts_nothing_twice(kernel: Kernel, faults: TapFaults
     assert faults.counters() == {**before, "rx_fault_cleared": 2}
 
 
-def test_the_trace_has_what_was_counted_between_two_looks(kernel: Kernel) -> None:
-    """Not more: tc knows no moment."""
+def test_the_trace_has_what_was_counted_between_two_looks(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not more: tc knows no moment. Looks in quick succession share a step. What a change throws
+    away is in the step of the rules before.
+    """
+    now = [APART_NS]
+    clock = SimpleNamespace(monotonic_ns=lambda: now[0])
+    monkeypatch.setattr("pyvmm.card.traffic.time", clock)
     kernel.add("tap0")
     recorder = Recorder(1)
     faults = TapFaults(cast("Tap", FakeTap()), None, recorder.scope("net0"))
     faults.set(of_text(["both loss=50%"]))
-    faults.look()  # when nothing has come
+
+    def look(after: int) -> None:
+        now[0] += after
+        faults.look()
+
+    look(APART_NS)  # when nothing has come
+    kernel.qdiscs["tap0"][1].update(packets=1)
+    look(APART_NS - 1)
+    assert not recorder.steps()[0] and faults.counters()["rx_fault_frames"] == 1
     kernel.qdiscs["tap0"][1].update(packets=3, drops=4)
-    faults.look()
-    faults.look()
+    look(1)
+    look(APART_NS)
     kernel.qdiscs["tap0"][1].update(packets=5, drops=4)
-    kernel.qdiscs["pvifb100"][0].update(packets=1)
+    kernel.qdiscs["pvifb100"][0].update(packets=1, qlen=2)
+    now[0] += 1
     faults.set(of_text(["rx delay=1ms"]))
+    kernel.qdiscs["tap0"][-1].update(qlen=3)
+    now[0] += 1
     faults.close()
     steps, _ = recorder.steps()
     recorder.close()
-    assert [step[:2] for step in steps] == [("net0", "faults by tc")] * 3
+    assert [step[:2] for step in steps] == [("net0", "faults by tc")] * 4
     words = {"rules": "both loss=50%"}
     assert [step[4] for step in steps] == [
         {"way": "rx", "frames": 7, "loss": 4, **words},
         {"way": "rx", "frames": 2, **words},
-        {"way": "tx", "frames": 1, **words},
+        {"way": "tx", "frames": 3, "cleared": 2, **words},
+        {"way": "rx", "frames": 3, "cleared": 3, "rules": "rx delay=1ms"},
     ]
-    assert all(begin < end for _, _, begin, end, _ in steps)
-    assert steps[0][3] <= steps[1][2] <= steps[1][3] == steps[2][3]
+    second = APART_NS
+    assert [step[2:4] for step in steps] == [
+        (2 * second, 3 * second),
+        *[(4 * second, 4 * second + 1)] * 2,
+        (4 * second + 1, 4 * second + 2),
+    ]
 
 
 def test_counters_do_not_wait_for_tc(
