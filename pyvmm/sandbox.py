@@ -94,12 +94,10 @@ class Sandbox:
             if net.socket:
                 _permit_socket(net.socket, listens=net.server)
             if net.tap:
-                from pyvmm.hostnet.packets import permit_captures
+                from pyvmm.hostnet.packets import permit
 
                 helper.permit("tap", net.tap)
-                helper.permit("interface", net.tap)
-                helper.permit("traffic", net.tap)
-                permit_captures(net.tap)
+                permit(net.tap)
             if net.bridge:
                 helper.permit("interface", net.bridge)
             if net.macvtap:

@@ -7,7 +7,7 @@ import os
 from pyvmm import helper
 from pyvmm.errors import NetError, NetForbidden, UsageError
 from pyvmm.hostnet import TAP_MAX_MTU
-from pyvmm.hostnet.packets import permit_captures
+from pyvmm.hostnet.packets import permit
 from pyvmm.hostnet.tap import Interface, Tap
 
 #: Taps of one process, at most: a name has 15 characters.
@@ -59,9 +59,7 @@ def _new(bridge: str, *, mtu: int, queues: int, txqueuelen: int) -> Tap:
                 "run as root, or name a tap of yours that is a port of it: tap=NAME",
             ) from e
         if tap.created:
-            helper.permit("interface", name)  # to be asked for its number, by live switches
-            helper.permit("traffic", name)
-            permit_captures(name)
+            permit(name)
             return tap
         tap.close()  # somebody else's, made a moment ago
     raise NetError(f"no name is left for a tap of {bridge}", "end other machines")

@@ -39,8 +39,12 @@ def open_packets(tap: str, namespace: Namespace | None) -> Fd:
     return Fd(fds[0])
 
 
-def permit_captures(tap: str) -> None:
-    """Allow captures at a tap of the host when this process is confined."""
+def permit(tap: str) -> None:
+    """Allow what this process may ask about a tap of the host when it is confined: the tap's number
+    (live switches), faults by tc, captures.
+    """
+    helper.permit("interface", tap)
+    helper.permit("traffic", tap)
     helper.permit("packets", _of_the_host(tap))
 
 
@@ -50,7 +54,7 @@ def _of_the_host(tap: str) -> str:
 
 def needs(words: list[str]) -> list[tuple[str, str]]:
     """The permissions of the helper that ``open_described`` with these words needs: for a tap of
-    the host, that of ``permit_captures``; for one of a namespace, that the namespace is ours.
+    the host, that of ``permit``; for one of a namespace, that the namespace is ours.
     """
     tap, *places = words
     if not places:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -991,6 +992,10 @@ def test_with_in_order_the_order_is_kept(packed: bool) -> None:
 def test_no_used_entry_is_lost_when_the_worker_stops(packed: bool) -> None:
     """One that waits is there before another data path goes on from the ring's position."""
     with idle(packed, "both reorder-used") as rig:
+
+        def moved(packets: int) -> bool:
+            return {rig.counter(f"{way}_packets") for way in ("tx", "rx")} == {packets}
+
         rig.start()
         got: list[bytes] = []
         held = sent = 0
@@ -998,7 +1003,7 @@ def test_no_used_entry_is_lost_when_the_worker_stops(packed: bool) -> None:
             rig.driver.send(frame(sent))
             rig.cable.far.send(bytes(12) + frame(sent))
             sent += 1
-            assert wait_for(lambda: rig.counter("tx_packets") == rig.counter("rx_packets") == sent)  # noqa: B023
+            assert wait_for(partial(moved, sent))
             waited = rig.driver.tx.outstanding
             bases = rig.path.stop()
             held += waited and rig.driver.tx.outstanding == 0

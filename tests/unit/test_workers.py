@@ -47,6 +47,6 @@ def test_what_the_tests_of_a_file_share_is_made_once(tmp_path: Path) -> None:
     ran = re.findall(r"^\[(gw\d)\].* PASSED tests/(\w+)/", text, re.M)
     assert len(ran) == 8 * len(places), text
     for worker in ("gw0", "gw1"):
-        mine = [place for who, place in ran if who == worker]
+        mine = [place for name, place in ran if name == worker]
         assert mine and mine == sorted(mine, key=places.index), text
         assert all(mine.count(place) == 8 for place in mine), text
