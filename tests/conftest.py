@@ -22,6 +22,11 @@ PLACES: dict[str, str] = {
 INTEL = Path(__file__).parent / "intel"
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
+# Else an assertion in a module that tests share says nothing but its type.
+pytest.register_assert_rewrite(
+    *(f"tests.{path.stem}" for path in INTEL.parent.iterdir() if path.stem != "conftest")
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Find out where host tests run.
