@@ -13,12 +13,14 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from pyvmm import Machine, Net
 from pyvmm.card.nic import Nic
 from pyvmm.errors import GuestTimeout
 from pyvmm.images import find
+from tests.boot.guest import PATIENCE
 from tests.descriptors import open_fds
 
 #: One data path after another.
@@ -47,6 +49,11 @@ def held() -> dict[str, int]:
     }
 
 
+def rest(vm: Machine) -> tuple[dict[str, int], int, int, int]:
+    """What the process and the machine have."""
+    return held(), len(vm.vm._msi), vm.vm._next_gsi, len(vm.bus._regions)
+
+
 def use(vm: Machine, nic: Nic) -> None:
     """Ping through a card from the guest."""
     assert nic.host and nic.guest
@@ -73,9 +80,14 @@ def rounds(vm: Machine, count: int) -> None:
         vm.remove_nic("net1")
         gone(vm, nic)
         if number == len(MODES) - 1:
-            first = held(), len(vm.vm._msi), vm.vm._next_gsi, len(vm.bus._regions)
-    now = held(), len(vm.vm._msi), vm.vm._next_gsi, len(vm.bus._regions)
-    assert first == now, f"{first} became {now}"
+            first = rest(vm)
+    assert first is not None
+    now = rest(vm)
+    until = time.monotonic() + PATIENCE
+    while now != first:  # a thread that has done its work may not have ended yet
+        assert time.monotonic() < until, f"{first} became {now}"
+        time.sleep(0.1)
+        now = rest(vm)
 
 
 def stubborn(vm: Machine) -> None:

@@ -43,7 +43,7 @@ from tests.driver import Cable, Events, NetDriver, bits, wait_for
 MAC = bytes.fromhex("520000000001")
 ACKED = bits("VIRTIO_F_VERSION_1", "VIRTIO_NET_F_MRG_RXBUF", "VIRTIO_NET_F_GUEST_CSUM")
 NEEDS_CSUM, TCPV4 = 1, 1
-PATIENCE = 10.0  # seconds for a frame
+PATIENCE = 60.0  # seconds for a frame
 SECONDS = 60  # for a program of the host
 
 

@@ -18,7 +18,7 @@ import pytest
 from pyvmm.cli.support import completion
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 20.0
+PATIENCE = 60.0
 #: What the wheel puts where bash-completion, zsh and fish look.
 INSTALLED = ROOT / "tools/completions"
 

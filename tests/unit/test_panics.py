@@ -13,7 +13,7 @@ from pyvmm.devices.console import KEEP, Spotter, Stream
 from pyvmm.outcome import Outcome
 from pyvmm.panics import PanicWatch
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 LINE = "Kernel panic - not syncing: Attempted to kill init!"
 PANIC = f"[    1.000000] {LINE}\n".encode()
 END = f"[    1.000000] ---[ end {LINE} ]---\n".encode()
