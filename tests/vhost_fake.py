@@ -160,6 +160,11 @@ class FakeVhost:
             raise HostError("VHOST_NET_SET_BACKEND failed: Bad address") from e
         own.path = path
 
+    def set_base(self, ring: int, position: int) -> None:
+        self._check("set_base")
+        assert self._rings[ring].path is None
+        self._rings[ring].position = position
+
     def base(self, ring: int) -> int:
         self._check("base")
         return self._rings[ring].position

@@ -168,6 +168,10 @@ class Vhost(VhostFd):
         self.file("VHOST_SET_VRING_CALL", ring, vring.call.fileno())
         self.file("VHOST_SET_VRING_KICK", ring, vring.kick.fileno())
 
+    def set_base(self, ring: int, position: int) -> None:
+        """VHOST_SET_VRING_BASE of a stopped ring."""
+        self.state("VHOST_SET_VRING_BASE", ring, position)
+
     def set_poll(self, ring: int, usecs: int) -> None:
         """VHOST_SET_VRING_BUSYLOOP_TIMEOUT: let the worker look for more work for so long before it
         sleeps.

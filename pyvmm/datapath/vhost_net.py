@@ -65,6 +65,7 @@ class VhostNet(OnUplink):
         self._devices = devices
         self._poll_us = poll_us
         self._rings: list[Vring] = []
+        self._memory: GuestMemory | None = None
         self._held: set[int] = set()
         self._errors = [EventFd() for _ in range(2 * len(devices))]
         self._stop, self._relinked = EventFd(), EventFd()
@@ -111,7 +112,7 @@ class VhostNet(OnUplink):
         pairs = by_pair(rings)
         if max(pairs, default=0) >= len(self._devices):
             raise HostError(f"queue pair {max(pairs)} has no vhost device")
-        self._events = events
+        self._events, self._memory = events, memory
         self._reopener.rearm()
         self.times.began = {}
         self._packets.start()
@@ -154,6 +155,8 @@ class VhostNet(OnUplink):
         not.
         """
         for ring in self._rings:
+            if ring.index in self._held:
+                continue
             number, way = divmod(ring.index, 2)
             self._devices[number].set_backend(way, self._port.fds[number].fileno())
             self.times.began[ring.index] = time.monotonic_ns()
@@ -192,10 +195,11 @@ class VhostNet(OnUplink):
 
         :raises HostError: the kernel refuses.
         """
-        for ring in self._rings:
-            if ring.index % 2:
-                self._halt(ring, [])
-                self._held.add(ring.index)
+        with self._lock:
+            for ring in self._rings:
+                if ring.index % 2:
+                    self._halt(ring, [])
+                    self._held.add(ring.index)
 
     def _halt(self, ring: Vring, bases: list[int]) -> None:
         if ring.index in self._held:
@@ -205,15 +209,28 @@ class VhostNet(OnUplink):
 
     def _let_go(self, ring: Vring, bases: list[int]) -> None:
         number, way = divmod(ring.index, 2)
-        bases.append(self._devices[number].base(way))
+        bases.append(self._position(ring))
         self._devices[number].clear_ring(way)
+
+    def _position(self, ring: Vring) -> int:
+        """Where a stopped ring goes on. The worker forgets frames that a deleted tap refuses: it
+        has taken their chains and never returns them (vhost_tx_batch). Otherwise a stopped
+        transmit ring has returned all that it has taken.
+        """
+        number, way = divmod(ring.index, 2)
+        base = self._devices[number].base(way)
+        if way == 0 or self._memory is None:
+            return base
+        used = int.from_bytes(self._memory.read(ring.used + 2, 2), "little")
+        return used if (base - used) % (1 << 16) <= ring.size else base
 
     # --- what goes wrong --------------------------------------------------------------------------
 
     def _watch(self) -> None:
         """Sleep until the worker reports an error, or the tap is deleted."""
         link = self._port.link()
-        if not link.stats():  # deleted while another data path had it
+        lost = not link.stats()
+        if lost:  # deleted while another data path had it
             self._link_lost()
         poll = select.poll()
         errors = {self._errors[ring.index].fileno(): ring.index for ring in self._rings}
@@ -224,15 +241,26 @@ class VhostNet(OnUplink):
                 if fd == self._stop.fileno():
                     return
                 if fd in errors:
+                    if self._tap_refused(errors[fd]):
+                        continue
                     poll.unregister(fd)  # once: only a reset cures it
                     self._ring_fault(errors[fd])
                 elif fd == self._relinked.fileno():
                     self._relinked.drain()
-                    link = self._port.link()
+                    link, lost = self._port.link(), False
                     poll.register(link, select.POLLIN)
-                elif link.gone():
+                elif link.gone() and not lost:
                     poll.unregister(fd)
+                    lost = True
                     self._link_lost()
+
+    def _tap_refused(self, queue: int) -> bool:
+        """Whether the error is none of the ring's: the worker reports frames, too, that a deleted
+        tap has refused.
+        """
+        if not self._errors[queue].drain():
+            return True  # ``_link_back`` has come first
+        return not self._port.link().stats()
 
     def _ring_fault(self, queue: int) -> None:
         with self._lock:
@@ -246,7 +274,9 @@ class VhostNet(OnUplink):
             self._events.fault(-1, bug(self.name, error))
 
     def _link_lost(self) -> None:
-        """The worker drops what the guest sends from now on: the tap's descriptors are dead."""
+        """The worker sends nothing from now on: the tap's descriptors are dead. What the guest has
+        sent stays in the ring, and is sent when the tap has come back.
+        """
         with self._lock:
             self._totals["link_losses"] += 1
         if self._events is not None:
@@ -258,6 +288,7 @@ class VhostNet(OnUplink):
         self._packets.start()
         with self._lock:
             try:
+                self._let_go_of_tap()
                 self._set_backends()
             except HostError as e:
                 if self._events is not None:
@@ -266,6 +297,16 @@ class VhostNet(OnUplink):
         self._relinked.signal()
         if self._events is not None:
             self._events.link(True)
+
+    def _let_go_of_tap(self) -> None:
+        """Halt the rings where they can go on; what the old tap has refused is no error."""
+        for ring in self._rings:
+            if ring.index in self._held:
+                continue
+            number, way = divmod(ring.index, 2)
+            self._devices[number].set_backend(way, -1)
+            self._devices[number].set_base(way, self._position(ring))
+            self._errors[ring.index].drain()
 
     # --- the rest ---------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import os
 import select
 import stat
 import struct
+import threading
 from contextlib import suppress
 from fcntl import F_DUPFD_CLOEXEC, fcntl, ioctl
 from socket import (
@@ -464,6 +465,7 @@ class Tap:
             raise UsageError(f"an MTU of {mtu}", f"use {ETH_MIN_MTU} to {TAP_MAX_MTU}")
         self.name = name
         self.fds: list[Fd] = []
+        self._lock = threading.RLock()  # settings, by the card's thread, against ``reopen``
         self._wanted = _Wanted(queues)
         self._program: object = None  # of the frame filter in force, as cdata
         self._link: Link | None = None
@@ -659,25 +661,27 @@ class Tap:
 
         :raises HostError: the tap refuses.
         """
-        if size != self._wanted.header:
-            self._wanted.header = size
-            self._set(lib.TUNSETVNETHDRSZ, struct.pack("=i", size), f"headers of {size} bytes")
+        with self._lock:
+            if size != self._wanted.header:
+                self._wanted.header = size
+                self._set(lib.TUNSETVNETHDRSZ, struct.pack("=i", size), f"headers of {size} bytes")
 
     def set_steering(self, steering: Steering | None) -> None:
         """Have the host choose the queue of each frame this way; None: as it likes.
 
         :raises HostError: the kernel or the tap refuses.
         """
-        if steering is None is self._wanted.steering:
-            return
-        program = load_steering(steering) if steering is not None else None
-        try:
-            number = program.fileno() if program is not None else -1
-            self._set(lib.TUNSETSTEERINGEBPF, struct.pack("=i", number), "steering")
-        finally:
-            if program is not None:
-                program.close()  # the tap keeps what it needs
-        self._wanted.steering = steering
+        with self._lock:
+            if steering is None is self._wanted.steering:
+                return
+            program = load_steering(steering) if steering is not None else None
+            try:
+                number = program.fileno() if program is not None else -1
+                self._set(lib.TUNSETSTEERINGEBPF, struct.pack("=i", number), "steering")
+            finally:
+                if program is not None:
+                    program.close()  # the tap keeps what it needs
+            self._wanted.steering = steering
 
     def set_offloads(self, acked: int) -> None:
         """Let the host send what the GUEST_* bits of ``acked`` allow. Any thread, at any time.
@@ -696,26 +700,28 @@ class Tap:
         plain = lib.TUN_F_TSO4 | lib.TUN_F_TSO6 | USO
         if not (flags & plain and flags & lib.TUN_F_UDP_TUNNEL_GSO):
             flags &= ~TUNNEL
-        self._wanted.offloads = flags
-        self._set(lib.TUNSETOFFLOAD, flags, f"offloads {flags:#x}")
+        with self._lock:
+            self._wanted.offloads = flags
+            self._set(lib.TUNSETOFFLOAD, flags, f"offloads {flags:#x}")
 
     def set_queues(self, count: int) -> None:
         """Have the host spread its frames over the first ``count`` queues only.
 
         :raises HostError: the tap refuses.
         """
-        program = self._wanted.frames if count > self._wanted.queues else b""
-        if program:
-            # Else the kernel gives the filter to a queue that comes back, and forgets the queue
-            # (tun_attach).
-            self._filter_frames(b"")
-        for i, fd in enumerate(self.fds):
-            if (i < count) != (i < self._wanted.queues):
-                flag = lib.IFF_ATTACH_QUEUE if i < count else lib.IFF_DETACH_QUEUE
-                self._set(lib.TUNSETQUEUE, struct.pack("16xH22x", flag), f"{count} queues", fd)
-        self._wanted.queues = count
-        if program:
-            self._filter_frames(program)
+        with self._lock:
+            program = self._wanted.frames if count > self._wanted.queues else b""
+            if program:
+                # Else the kernel gives the filter to a queue that comes back, and forgets the queue
+                # (tun_attach).
+                self._filter_frames(b"")
+            for i, fd in enumerate(self.fds):
+                if (i < count) != (i < self._wanted.queues):
+                    flag = lib.IFF_ATTACH_QUEUE if i < count else lib.IFF_DETACH_QUEUE
+                    self._set(lib.TUNSETQUEUE, struct.pack("16xH22x", flag), f"{count} queues", fd)
+            self._wanted.queues = count
+            if program:
+                self._filter_frames(program)
 
     def set_rx_filter(self, rx: RxFilter) -> None:
         """Have the host drop frames that the guest does not want: by destination (TUNSETTXFILTER);
@@ -724,12 +730,13 @@ class Tap:
 
         :raises HostError: the tap refuses.
         """
-        if self.created:
-            self._filter_frames(frame_filter(rx))
-        addresses = rx.addresses() or []
-        flags = lib.TUN_FLT_ALLMULTI if rx.all_multicast and addresses else 0
-        self._wanted.filter = struct.pack("=HH", flags, len(addresses)) + b"".join(addresses)
-        self._set(lib.TUNSETTXFILTER, self._wanted.filter, "a filter")
+        with self._lock:
+            if self.created:
+                self._filter_frames(frame_filter(rx))
+            addresses = rx.addresses() or []
+            flags = lib.TUN_FLT_ALLMULTI if rx.all_multicast and addresses else 0
+            self._wanted.filter = struct.pack("=HH", flags, len(addresses)) + b"".join(addresses)
+            self._set(lib.TUNSETTXFILTER, self._wanted.filter, "a filter")
 
     def _filter_frames(self, program: bytes) -> None:
         """Attach the program to all queues in use, in place of the one before; none if empty."""
@@ -748,8 +755,9 @@ class Tap:
 
         :raises HostError: the tap refuses (TUNSETCARRIER came with Linux 5.0).
         """
-        self._wanted.carrier = up
-        self._set(lib.TUNSETCARRIER, struct.pack("=i", up), "a carrier")
+        with self._lock:
+            self._wanted.carrier = up
+            self._set(lib.TUNSETCARRIER, struct.pack("=i", up), "a carrier")
 
     def _restore(self) -> None:
         """Give a tap that was opened again the settings of the old one."""
@@ -802,20 +810,27 @@ class Tap:
                 fd.close()
             raise
         # The old interface may have been about to vanish when we looked; then TUNSETIFF has made
-        # one that belongs to nobody.
-        flags = struct.unpack_from("=H", ioctl(fds[0].fileno(), lib.TUNGETIFF, bytes(40)), 16)[0]
-        if not flags & lib.IFF_PERSIST:
+        # one that belongs to nobody. Or the new one has been deleted again.
+        interface, link = Interface(self.name), None
+        try:
+            request = ioctl(fds[0].fileno(), lib.TUNGETIFF, bytes(40))
+            if struct.unpack_from("=H", request, 16)[0] & lib.IFF_PERSIST:
+                link = Link(interface.index)
+        except OSError:
+            pass
+        if link is None:
             for fd in fds:
                 fd.close()
             return False
-        old, self.fds = self.fds, fds
-        for fd in old:
-            fd.close()
-        self._interface = Interface(self.name)
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
-        self._restore()
+        with self._lock:
+            old, self.fds = self.fds, fds
+            for fd in old:
+                fd.close()
+            self._interface = interface
+            old_link, self._link = self._link, link
+            if old_link is not None:
+                old_link.close()
+            self._restore()
         return True
 
     def announce(self, mac: bytes) -> bool:
