@@ -41,7 +41,10 @@ class Macvtap(Tap):
         :raises HostError: another interface there has it.
         """
         address = struct.pack("16sH6s16x", b"", ARPHRD_ETHER, rx.mac)
-        held = ioctl(self.fileno(), lib.SIOCGIFHWADDR, bytes(40))[18:24]
+        try:
+            held = ioctl(self.fileno(), lib.SIOCGIFHWADDR, bytes(40))[18:24]
+        except OSError:
+            return  # ENOLINK: it has gone, with the interface below
         if held != rx.mac:
             self._set(lib.SIOCSIFHWADDR, address, f"the address {rx.mac.hex(':')}")
 

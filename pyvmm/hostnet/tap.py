@@ -465,7 +465,7 @@ class Tap:
             raise UsageError(f"an MTU of {mtu}", f"use {ETH_MIN_MTU} to {TAP_MAX_MTU}")
         self.name = name
         self.fds: list[Fd] = []
-        self._lock = threading.RLock()  # settings, by the card's thread, against ``reopen``
+        self._lock = threading.RLock()  # what the card's thread does, against ``reopen``
         self._wanted = _Wanted(queues)
         self._program: object = None  # of the frame filter in force, as cdata
         self._link: Link | None = None
@@ -652,9 +652,19 @@ class Tap:
         try:
             ioctl((fd or self.fds[0]).fileno(), request, arg)
         except OSError as e:
-            if e.errno == errno.EBADFD:
-                return  # the interface was deleted: when it returns, it gets all these settings
+            if self._deleted():
+                return  # when the interface returns, it gets all these settings
             raise HostError(f"tap {self.name} refuses {what}: {e.strerror}") from e
+
+    def _deleted(self) -> bool:
+        """Whether the interface behind the descriptors has been deleted. Settings then fail with
+        EBADFD, those of queues with EINVAL, and those of a macvtap with ENOLINK.
+        """
+        try:
+            ioctl(self.fds[0].fileno(), lib.TUNGETIFF, bytes(40))
+        except OSError:
+            return True
+        return False
 
     def set_header(self, size: int) -> None:
         """Have the host put a header of so many bytes before each frame, and expect one of us.
@@ -837,18 +847,20 @@ class Tap:
         """Send the frame that tells the network that ``mac`` is here; whether it was sent."""
         from pyvmm.hostnet.frames import rarp
 
-        try:
-            os.write(self.fileno(), bytes(self._wanted.header) + rarp(mac))
-        except OSError:
-            return False
+        with self._lock:  # ``reopen`` closes the descriptor
+            try:
+                os.write(self.fileno(), bytes(self._wanted.header) + rarp(mac))
+            except OSError:
+                return False
         return True
 
     def waiting(self) -> bool:
         """Whether a frame waits in one of the queues."""
-        poll = select.poll()
-        for fd in self.fds:
-            poll.register(fd.fileno(), select.POLLIN)
-        return any(events & select.POLLIN for _, events in poll.poll(0))
+        with self._lock:
+            poll = select.poll()
+            for fd in self.fds:
+                poll.register(fd.fileno(), select.POLLIN)
+            return any(events & select.POLLIN for _, events in poll.poll(0))
 
     def discard(self) -> int:
         """Throw away the frames that wait, ``DISCARD_MAX`` at most.
@@ -856,14 +868,15 @@ class Tap:
         :returns: how many frames were thrown away.
         """
         count = 0
-        for fd in self.fds:
-            try:
-                while count < DISCARD_MAX:
-                    # More than the header; the rest of the frame is lost with it.
-                    os.read(fd.fileno(), 64)
-                    count += 1
-            except OSError:
-                continue  # no more frames wait, or the interface is gone
+        with self._lock:
+            for fd in self.fds:
+                try:
+                    while count < DISCARD_MAX:
+                        # More than the header; the rest of the frame is lost with it.
+                        os.read(fd.fileno(), 64)
+                        count += 1
+                except OSError:
+                    continue  # no more frames wait, or the interface is gone
         return count
 
     def _unfilter(self) -> None:

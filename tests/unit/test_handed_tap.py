@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from contextlib import closing
+from contextlib import closing, nullcontext
 from fcntl import ioctl
 from socket import AF_NETLINK, SOCK_RAW
 from typing import TYPE_CHECKING
@@ -17,15 +17,17 @@ import pytest
 
 from pyvmm._ext import lib
 from pyvmm.card.uplink import Uplink
+from pyvmm.datapath.base import RxFilter
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.errors import NetError, UsageError
+from pyvmm.errors import HostError, NetError, UsageError
 from pyvmm.fd import Fd
-from pyvmm.hostnet.macvtap import explain
+from pyvmm.hostnet.macvtap import Macvtap, explain
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.hostnet.tap import TUN, Tap
 from pyvmm.memory import GuestMemory
 from pyvmm.netopt import Net
+from pyvmm.spec.virtio_net import VIRTIO_NET_F_GUEST_CSUM
 from tests.driver import Events, NetDriver, wait_for
 from tests.unit.test_tap import links, run_inside
 from tests.unit.test_vhost_user import no_leak
@@ -354,3 +356,25 @@ def test_the_counters_of_a_macvtap_are_turned_round(elsewhere: Namespace) -> Non
         plain, turned = elsewhere.tap.link().stats(), link.stats()
     assert plain["rx_packets"] == turned["tx_packets"] >= 1
     assert plain["tx_packets"] == turned["rx_packets"]
+
+
+def test_a_macvtap_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings fail only if there is an interface that refuses them (drivers/net/tap.c)."""
+
+    def refused(fd: int, request: int, arg: object = 0) -> bytes:
+        if request == lib.TUNGETIFF and there:
+            return bytes(40)
+        number = errno.EINVAL if request == lib.TUNSETQUEUE else errno.ENOLINK
+        raise OSError(number, os.strerror(number))
+
+    for module in ("tap", "macvtap"):
+        monkeypatch.setattr(f"pyvmm.hostnet.{module}.ioctl", refused)
+    for there in (False, True):
+        fds = [Fd(os.open(os.devnull, os.O_RDWR)) for _ in range(4)]
+        link = Link(1, *fds[2:], mirrored=True)
+        with closing(Macvtap.adopt("macvtap0", fds[:2], 1500, link)) as tap:
+            with pytest.raises(HostError) if there else nullcontext():
+                tap.set_offloads(1 << VIRTIO_NET_F_GUEST_CSUM)
+            with pytest.raises(HostError) if there else nullcontext():
+                tap.set_queues(1)
+            tap.set_rx_filter(RxFilter(bytes(6)))

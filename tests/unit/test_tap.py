@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.base import Hashing, Vring, header_size
+from pyvmm.datapath.base import Hashing, RxFilter, Vring, header_size
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.hostnet import ALLOW_USER_NAMESPACES, netns, tap, userns
@@ -662,6 +662,20 @@ def test_a_deleted_tap_is_link_down_without_a_busy_loop(namespace: Namespace, gu
     time.sleep(0.1)
     assert guest.path.counters()["wakeups"] - before <= 1
     assert guest.path.counters()["tx_drop_link"] == 1
+
+
+def test_settings_of_a_deleted_tap() -> None:
+    """None is refused, also of queues, for which the kernel says EINVAL."""
+    with Namespace(queues=2) as namespace:
+        namespace.run(["ip", "link", "del", "tap0"], check=True)
+        tap = namespace.tap
+        tap.set_queues(1)
+        tap.set_queues(2)
+        tap.set_header(10)
+        tap.set_offloads(0)
+        tap.set_rx_filter(RxFilter(bytes(6)))
+        tap.set_carrier(False)
+        assert not tap.announce(bytes(6)) and tap.discard() == 0
 
 
 def test_a_tap_that_is_made_again_is_used_again(namespace: Namespace) -> None:
