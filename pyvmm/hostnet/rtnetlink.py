@@ -254,12 +254,14 @@ class PacketCount:
         self._totals = dict.fromkeys(COUNTERS, 0)
         self._seen: dict[str, int] = {}
         self._start: dict[str, int] | None = None
+        self._counted: Link | None = None  # the link of ``_start``
 
     def start(self) -> None:
         """Begin to count; also on another link, after the tap was deleted and has returned."""
         with self._lock:
             self._fold()
-            self._start = self._link().stats()
+            self._counted = self._link()
+            self._start = self._counted.stats()
 
     def stop(self) -> None:
         """Stop counting."""
@@ -274,8 +276,8 @@ class PacketCount:
             return {name: value + self._seen.get(name, 0) for name, value in self._totals.items()}
 
     def _look(self) -> None:
-        if self._start is not None:
-            now = self._link().stats()
+        if self._start is not None and self._counted is not None:
+            now = self._counted.stats()  # none if it is gone, also if another is in its place
             if now:
                 self._seen = {
                     name: now[key] - self._start.get(key, 0) for name, key in COUNTERS.items()
@@ -307,6 +309,7 @@ class Reopener:
         self._lock = threading.Lock()
         self._quit = threading.Event()
         self._thread: threading.Thread | None = None
+        self._returning: threading.Thread | None = None  # in ``back``
 
     def start(self) -> None:
         """Begin to look for the tap; does nothing if the thread already runs. Any thread."""
@@ -332,17 +335,21 @@ class Reopener:
             except PyvmmError:
                 continue  # the tap exists but cannot be opened: try again
             with self._lock:
-                self._thread = None
+                # From here on the new tap may be lost, too, and ``start`` look for the next.
+                self._returning, self._thread = threading.current_thread(), None
             self._back()
             return
 
     def stop(self) -> None:
-        """Stop looking; ``start`` does nothing until ``rearm``."""
+        """Stop looking, and wait for ``back``; ``start`` does nothing until ``rearm``."""
         self._quit.set()
         with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+            threads = {self._thread, self._returning}
+        for thread in threads:
+            if thread is not None:
+                thread.join()
+        with self._lock:
+            self._thread = self._returning = None
 
     def rearm(self) -> None:
         """Allow ``start`` again."""

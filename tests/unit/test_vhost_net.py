@@ -13,6 +13,9 @@ import pytest
 from pyvmm.conformance.driver import NetDriver
 from pyvmm.datapath.vhost_device import Vhost
 from pyvmm.datapath.vhost_net import VhostNet
+from pyvmm.fd import EventFd
+from pyvmm.hostnet.rtnetlink import STATS, PacketCount, Reopener
+from pyvmm.hostnet.rtnetlink import Link as KernelLink
 from pyvmm.hostnet.tap import Tap
 from pyvmm.memory import GuestMemory
 from tests.driver import Events, bits, wait_for
@@ -37,6 +40,17 @@ class Link(StillLink):
         self.there = False
         if tell:
             self._event.signal()
+
+
+class Counted(Link):
+    """A link of a tap that has moved packets."""
+
+    def __init__(self, packets: int) -> None:
+        super().__init__()
+        self.packets = packets
+
+    def stats(self) -> dict[str, int]:
+        return dict.fromkeys(STATS, self.packets) if self.there else {}
 
 
 class Deleted(LinkedCable):
@@ -165,3 +179,42 @@ def test_an_index_that_the_guest_has_spoilt(rig: Rig) -> None:
     ring = rig.driver.tx
     rig.memory.write(ring.used + 2, (0x8000).to_bytes(2, "little"))
     assert rig.path.stop()[1] == 1
+
+
+def test_a_stop_while_the_tap_returns() -> None:
+    """Otherwise rings would get a tap that are nobody's, or another data path's."""
+    with EventFd() as begun:
+        told: list[str] = []
+
+        def back() -> None:
+            begun.signal()
+            assert wait_for(reopener._quit.is_set)
+            told.append("back")
+
+        def failed(error: Exception) -> None:
+            told.append(str(error))
+
+        reopener = Reopener("tap0", lambda: True, back, failed)
+        reopener.start()
+        assert wait_for(begun.drain)
+        reopener.stop()
+        assert told == ["back"]
+
+
+def test_packets_of_a_tap_that_is_replaced() -> None:
+    """Whoever asks between the return of the tap and that of the rings gets no mixture."""
+    old, new = Counted(1000), Counted(0)
+    links = [old]
+    count = PacketCount(lambda: cast("KernelLink", links[-1]))
+    count.start()
+    old.packets = 1007
+    assert count.read()["tx_packets"] == 7
+    old.there = False
+    links.append(new)
+    assert count.read()["tx_packets"] == 7
+    count.start()
+    new.packets = 3
+    count.stop()
+    assert count.read()["tx_packets"] == 10
+    old.close()
+    new.close()
