@@ -5,6 +5,7 @@ path move the packets; of vhost-net, one for each ring that gets a backend.
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any, cast
 
 from pyvmm._ext import lib
@@ -108,6 +109,7 @@ class FakeVhost:
     features = sum(1 << bit for bit in RING_FEATURES) | bits("VIRTIO_F_VERSION_1")
 
     def __init__(self) -> None:
+        self._mutex = threading.RLock()  # an ioctl at a time, as in the kernel
         self._rings = [FakeRing(), FakeRing()]
         self._acked = 0
         self._memory: Any = None
@@ -140,25 +142,26 @@ class FakeVhost:
         self._rings[ring].vring = self._rings[ring].err = None
 
     def set_backend(self, ring: int, fd: int) -> None:
-        own = self._rings[ring]
-        if own.path is not None and own.port is not None:
-            own.position = own.path.stop()[0]
-            own.path.close()
-            own.port.close()
-            own.path = None
-        if fd < 0:
-            return
-        self._check("set_backend")
-        assert own.vring is not None
-        own.port = OneFd(fd)
-        path = EmulatedNet(own.port)
-        try:
-            path.start(self._acked, self._memory, [own.vring.at(own.position)], own)
-        except RingFault as e:
-            path.close()
-            own.port.close()
-            raise HostError("VHOST_NET_SET_BACKEND failed: Bad address") from e
-        own.path = path
+        with self._mutex:
+            own = self._rings[ring]
+            if own.path is not None and own.port is not None:
+                own.position = own.path.stop()[0]
+                own.path.close()
+                own.port.close()
+                own.path = None
+            if fd < 0:
+                return
+            self._check("set_backend")
+            assert own.vring is not None
+            own.port = OneFd(fd)
+            path = EmulatedNet(own.port)
+            try:
+                path.start(self._acked, self._memory, [own.vring.at(own.position)], own)
+            except RingFault as e:
+                path.close()
+                own.port.close()
+                raise HostError("VHOST_NET_SET_BACKEND failed: Bad address") from e
+            own.path = path
 
     def set_base(self, ring: int, position: int) -> None:
         self._check("set_base")

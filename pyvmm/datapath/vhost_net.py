@@ -67,11 +67,14 @@ class VhostNet(OnUplink):
         self._rings: list[Vring] = []
         self._memory: GuestMemory | None = None
         self._held: set[int] = set()
+        self._begun: dict[int, int] = {}  # where the rings were when they got their tap
+        self._lost = False  # no ring has a tap
         self._errors = [EventFd() for _ in range(2 * len(devices))]
         self._stop, self._relinked = EventFd(), EventFd()
         self._watcher: threading.Thread | None = None
         self._reopener = Reopener(port.name, port.reopen, self._link_back, self._failed)
-        self._lock = threading.Lock()  # the totals, and backends against a tap that returns
+        # The totals, and the rings' backends: a tap may vanish and return at any time.
+        self._lock = threading.Lock()
         self._totals = {"link_losses": 0, "ring_faults": 0}
         port.link()  # now, while there is one
         self._packets = PacketCount(port.link)
@@ -113,6 +116,7 @@ class VhostNet(OnUplink):
         if max(pairs, default=0) >= len(self._devices):
             raise HostError(f"queue pair {max(pairs)} has no vhost device")
         self._events, self._memory = events, memory
+        self._lost = False
         self._reopener.rearm()
         self.times.began = {}
         self._packets.start()
@@ -124,12 +128,14 @@ class VhostNet(OnUplink):
                 for ring in own:
                     self._errors[ring.index].drain()
                     self._rings.append(ring)
+                    self._begun[ring.index] = ring.base
                     device.set_ring(ring.index % 2, ring, memory, self._errors[ring.index])
                     if self._poll_us:
                         device.set_poll(ring.index % 2, self._poll_us)
             with self._lock:
                 self._set_backends()
             self._stop.drain()
+            self._relinked.drain()
             self._watcher = Thread(
                 target=self._watch,
                 name=f"{self._port.name}-vhost",
@@ -172,10 +178,7 @@ class VhostNet(OnUplink):
             self._stop.signal()
             self._watcher.join()
             self._watcher = None
-        rings, self._rings = (
-            self._rings,
-            [],
-        )  # first, so that a tap that comes back finds none to start
+        rings, self._rings = self._rings, []
         bases: list[int] = []
         error: HostError | None = None
         for step in (self._halt, self._let_go):
@@ -216,26 +219,44 @@ class VhostNet(OnUplink):
         """Where a stopped ring goes on. The worker forgets frames that a deleted tap refuses: it
         has taken their chains and never returns them (vhost_tx_batch). Otherwise a stopped
         transmit ring has returned all that it has taken.
+
+        Frames too long for a batch (vhost_net_build_xdp) it returns although the tap has refused
+        them. Chains that it has forgotten before these are returned here.
         """
         number, way = divmod(ring.index, 2)
         base = self._devices[number].base(way)
-        if way == 0 or self._memory is None:
+        memory = self._memory
+        if way == 0 or memory is None:
             return base
-        used = int.from_bytes(self._memory.read(ring.used + 2, 2), "little")
-        return used if (base - used) % (1 << 16) <= ring.size else base
+        used = ring.format.give_back(memory, ring, base)
+        if not 0 < ring.format.held(memory, ring, base) <= ring.size:
+            return base
+        forgotten = forgotten_chains(memory, ring, self._begun[ring.index], base)
+        if forgotten is None:
+            return base
+        if sorted(forgotten) == sorted(_heads(memory, ring, used, base)):
+            return used  # they are sent
+        for place, head in enumerate(forgotten, used):
+            at = ring.used + 4 + 8 * (place % ring.size)
+            memory.write(at, head.to_bytes(8, "little"))  # and a length of 0
+        memory.write(ring.used + 2, base.to_bytes(2, "little"))
+        ring.call.nudge()
+        return base
 
     # --- what goes wrong --------------------------------------------------------------------------
 
     def _watch(self) -> None:
         """Sleep until the worker reports an error, or the tap is deleted."""
         link = self._port.link()
-        lost = not link.stats()
-        if lost:  # deleted while another data path had it
-            self._link_lost()
         poll = select.poll()
         errors = {self._errors[ring.index].fileno(): ring.index for ring in self._rings}
-        for fd in (self._stop.fileno(), self._relinked.fileno(), link.fileno(), *errors):
+        for fd in (self._stop.fileno(), self._relinked.fileno(), *errors):
             poll.register(fd, select.POLLIN)
+        # A link that is lost is looked at no more, because ``reopen`` closes it.
+        if link.stats():
+            poll.register(link, select.POLLIN)
+        else:  # deleted while another data path had it
+            self._link_lost()
         while True:
             for fd, _ in poll.poll():
                 if fd == self._stop.fileno():
@@ -247,20 +268,21 @@ class VhostNet(OnUplink):
                     self._ring_fault(errors[fd])
                 elif fd == self._relinked.fileno():
                     self._relinked.drain()
-                    link, lost = self._port.link(), False
+                    link = self._port.link()
                     poll.register(link, select.POLLIN)
-                elif link.gone() and not lost:
+                elif link.gone():
                     poll.unregister(fd)
-                    lost = True
                     self._link_lost()
 
     def _tap_refused(self, queue: int) -> bool:
         """Whether the error is none of the ring's: the worker reports frames, too, that a deleted
         tap has refused.
         """
-        if not self._errors[queue].drain():
-            return True  # ``_link_back`` has come first
-        return not self._port.link().stats()
+        with self._lock:
+            if not self._errors[queue].drain():
+                return True  # ``_link_back`` has come first
+            # Once it is lost, ``reopen`` may have the next tap's link here, before the rings do.
+            return self._lost or not self._port.link().stats()
 
     def _ring_fault(self, queue: int) -> None:
         with self._lock:
@@ -274,11 +296,16 @@ class VhostNet(OnUplink):
             self._events.fault(-1, bug(self.name, error))
 
     def _link_lost(self) -> None:
-        """The worker sends nothing from now on: the tap's descriptors are dead. What the guest has
-        sent stays in the ring, and is sent when the tap has come back.
+        """The tap's descriptors are dead: take them from the worker, which would go on to drop or
+        forget frames. What the guest sends stays in the ring until the tap has come back.
         """
         with self._lock:
             self._totals["link_losses"] += 1
+            self._lost = True
+            try:
+                self._halt_all()
+            except HostError:
+                pass  # ``_link_back`` tries again
         if self._events is not None:
             self._events.link(False)
         self._reopener.start()
@@ -290,23 +317,28 @@ class VhostNet(OnUplink):
             try:
                 self._let_go_of_tap()
                 self._set_backends()
+                self._lost = False
             except HostError as e:
                 if self._events is not None:
                     self._events.fault(-1, str(e))
                 return
-        self._relinked.signal()
         if self._events is not None:
             self._events.link(True)
+        self._relinked.signal()  # last, so that the next loss is told after the return
+
+    def _halt_all(self) -> None:
+        for ring in self._rings:
+            if ring.index not in self._held:
+                self._devices[ring.index // 2].set_backend(ring.index % 2, -1)
 
     def _let_go_of_tap(self) -> None:
         """Halt the rings where they can go on; what the old tap has refused is no error."""
+        self._halt_all()
         for ring in self._rings:
-            if ring.index in self._held:
-                continue
-            number, way = divmod(ring.index, 2)
-            self._devices[number].set_backend(way, -1)
-            self._devices[number].set_base(way, self._position(ring))
-            self._errors[ring.index].drain()
+            if ring.index not in self._held:
+                position = self._begun[ring.index] = self._position(ring)
+                self._devices[ring.index // 2].set_base(ring.index % 2, position)
+                self._errors[ring.index].drain()
 
     # --- the rest ---------------------------------------------------------------------------------
 
@@ -349,3 +381,42 @@ class VhostNet(OnUplink):
         finally:
             for fd in (*self._devices, *self._errors, self._stop, self._relinked):
                 fd.close()
+
+
+def _heads(memory: GuestMemory, ring: Vring, begin: int, end: int) -> list[int]:
+    """The chains that the driver has made available at positions from ``begin`` to ``end``."""
+    count = end - begin & 0xFFFF
+    table = memory.read(ring.avail + 4, 2 * ring.size)
+    places = ((begin + i) % ring.size for i in range(count))
+    return [int.from_bytes(table[2 * at : 2 * at + 2], "little") for at in places]
+
+
+def forgotten_chains(memory: GuestMemory, ring: Vring, begun: int, base: int) -> list[int] | None:
+    """The chains of a stopped split ring that were taken and not returned, in order of taking; None
+    if the ring does not tell any more.
+
+    Those that were returned were returned in order. So look backwards for the latest place of each
+    in the available ring; what is between these was forgotten.
+
+    :param begun: the position at which nothing had been taken. :param base: where the ring stopped.
+    """
+    used = ring.format.give_back(memory, ring, base)
+    missing = base - used & 0xFFFF
+    returned = min(used - begun & 0xFFFF, ring.size)
+    # The driver has overwritten older entries of the available ring.
+    known = min(returned + missing, ring.size - ring.format.pending(memory, ring, base))
+    if known < missing:
+        return None
+    table = memory.read(ring.used + 4, 8 * ring.size)
+    found: list[int] = []
+    for head in reversed(_heads(memory, ring, base - known & 0xFFFF, base)):
+        at = 8 * ((used - 1) % ring.size)
+        if returned and head == int.from_bytes(table[at : at + 4], "little"):
+            returned, used = returned - 1, used - 1
+            continue
+        found.append(head)
+        if len(found) == missing:
+            break
+    found.reverse()
+    good = len(found) == missing == len(set(found)) and max(found) < ring.size
+    return found if good else None
