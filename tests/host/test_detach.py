@@ -32,6 +32,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "pyvmm"
 
 
+def quits(name: str, log: Path) -> None:
+    """End the machine once its guest runs, and wait until its process has gone, and with it the
+    name, which the next test wants.
+    """
+    (machine,) = [m for m in machines() if m.name == name]
+    # It is no child of ours, so only the descriptor tells its end.
+    end = os.pidfd_open(machine.pid)
+    until = time.monotonic() + PATIENCE
+    while "serial: ready" not in log.read_text():
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.01)
+    with connect(name) as client:
+        assert client.command("query-status")["status"] == "running"
+        client.command("quit")
+    assert select.select([end], [], [], PATIENCE)[0]
+    os.close(end)
+
+
 def test_a_machine_in_the_background(guest: Guest, cache: Path) -> None:
     """Started at a terminal, which it leaves alone: job control cannot stop it."""
     ours, theirs = pty.openpty()
@@ -48,14 +66,7 @@ def test_a_machine_in_the_background(guest: Guest, cache: Path) -> None:
     status = Path(f"/proc/{machine.pid}/stat").read_text().rpartition(")")[2].split()
     assert status[4] == "0", "it has no terminal"
     assert int(status[3]) == machine.pid, "it leads a session of its own"
-    with connect("bg") as client:
-        assert client.command("query-status")["status"] == "running"
-        end = os.pidfd_open(machine.pid)
-        client.command("quit")
-    # It is no child of ours, so only the descriptor tells its end.
-    assert select.select([end], [], [], PATIENCE)[0]
-    os.close(end)
-    assert "serial: ready" in log.read_text()
+    quits("bg", log)
 
 
 def test_another_may_still_write_to_the_file(guest: Guest, cache: Path, tmp_path: Path) -> None:
@@ -69,8 +80,7 @@ def test_another_may_still_write_to_the_file(guest: Guest, cache: Path, tmp_path
             written += other.write(b"still here\n")
             time.sleep(0.01)
     assert new.returncode == 0 and written
-    with connect("bg") as client:
-        client.command("quit")
+    quits("bg", log)
 
 
 def test_what_goes_wrong_is_told_here(guest: Guest, tmp_path: Path) -> None:
