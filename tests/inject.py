@@ -9,7 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-ATTACH, DETACH, GETREGS, SETREGS = 16, 17, 12, 13
+CONT, ATTACH, DETACH, GETREGS, SETREGS = 7, 16, 17, 12, 13
 #: struct user_regs_struct of x86-64, by index.
 RAX, RDX, RSI, RDI, ORIG_RAX, RIP = 10, 12, 13, 14, 15, 16
 OPENAT, SOCKET, SENDMSG, EXECVE, PTRACE = 257, 41, 46, 59, 101
@@ -40,7 +40,11 @@ def inject(tid: int, call: int) -> bool:
     # Of one thread: the caller has to stay the same.
     _ptrace(ATTACH, tid)
     _, status = os.waitpid(tid, WALL)
-    assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGSTOP, status
+    while os.WIFSTOPPED(status) and (came := os.WSTOPSIG(status)) != signal.SIGSTOP:
+        _ptrace(CONT, tid, came)  # a signal of the process's own, which has come first
+        _, status = os.waitpid(tid, WALL)
+    if not os.WIFSTOPPED(status):
+        raise ProcessLookupError(f"thread {tid} has ended")
     regs = (ctypes.c_ulong * 27)()
     _ptrace(GETREGS, tid, regs)
     waits = ctypes.c_long(regs[ORIG_RAX]).value >= 0 and not _blocks_sigsys(tid)

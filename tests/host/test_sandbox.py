@@ -239,8 +239,8 @@ def test_a_confined_machine_is_as_any_other(guest: Guest, tmp_path: Path) -> Non
                             return pid
             return 0
 
+        assert wait_for(child), "its worker has its name a moment after its start"
         first = child()
-        assert first
         os.kill(first, signal.SIGKILL)
         assert wait_for(lambda: child() not in (0, first)), "another one has come"
         do("switch", "emulated")
