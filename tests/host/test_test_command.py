@@ -76,7 +76,8 @@ def test_every_verdict(guest: Guest, tmp_path: Path, how: str, kind: str, text: 
     """
     junit, report = tmp_path / "junit.xml", tmp_path / "report.json"
     files = ("--junit", str(junit), "--json", str(report))
-    status, out, err = run("--timeout", "6", "--append", f"how={how}", *files, guest("reset"))
+    seconds = "6" if kind == "timeout" else str(PATIENCE)
+    status, out, err = run("--timeout", seconds, "--append", f"how={how}", *files, guest("reset"))
     assert (status, err) == (1, ""), out
     assert "FAIL reset: " in out and text in out
     assert "| reset: by " in out or how == "moonwalk"
