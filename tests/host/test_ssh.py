@@ -21,6 +21,7 @@ from pyvmm.errors import PyvmmError
 from pyvmm.host.apt import Apt
 from pyvmm.host.paths import cache_dir
 from pyvmm.testbed.testbed import Testbed
+from tests.driver import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 PYVMM = [sys.executable, "-B", "-m", "pyvmm"]
@@ -126,7 +127,7 @@ def hosts() -> Iterator[Path]:
     script = SERVER.format(d=d, libraries=libraries, sshd=root / "usr/sbin/sshd")
     with subprocess.Popen(["unshare", "-m", "sh", "-c", script]) as server:
         try:
-            until = time.monotonic() + 20
+            until = time.monotonic() + PATIENCE
             while "listening" not in ((d / "log").read_text() if (d / "log").exists() else ""):
                 assert server.poll() is None and time.monotonic() < until, "sshd does not start"
                 time.sleep(0.02)
@@ -239,7 +240,7 @@ def test_interrupt_and_time_out_reach_the_command(box: Testbed) -> None:
         "testbed", "--host", "ssh://box", "--timeout", "1", "--", "sh", "-c", script
     )
     assert status == 124 and "did not end within 1 s" in err
-    until = time.monotonic() + 20
+    until = time.monotonic() + PATIENCE
     while "4242" in box.run(["ps"]).out:
         assert time.monotonic() < until, box.run(["ps"]).out
         time.sleep(0.05)
@@ -321,7 +322,7 @@ def test_nothing_stays_there_when_the_connection_ends(path: None) -> None:
     os.kill(status["pid"], signal.SIGKILL)
     assert bed._child
     bed._child.wait()
-    until = time.monotonic() + 30
+    until = time.monotonic() + PATIENCE
     while any(marker in line for line in command_lines()):
         assert time.monotonic() < until
         time.sleep(0.05)

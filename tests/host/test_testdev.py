@@ -113,7 +113,9 @@ def test_a_boot_sector_finds_the_timer_running(tmp_path: Path) -> None:
         a0 6c 04 e6 f4 f4      # mov al, [0x46c]; out 0xf4, al
     """
     code = "".join(line.partition("#")[0] for line in code.splitlines())
-    assert boot_flat(tmp_path, code, "real16") == 2
+    ticks = boot_flat(tmp_path, code, "real16")
+    # The next tick may come before the clock is read for the answer.
+    assert ticks is not None and ticks >= 2
 
 
 @pytest.mark.parametrize(

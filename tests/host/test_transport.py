@@ -34,7 +34,7 @@ from pyvmm.spec.platform import PCI_MMIO_BASE
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import NOTIFY, VirtioPci
-from tests.driver import Cable, wait_for
+from tests.driver import PATIENCE, Cable, wait_for
 from tests.pci_guest import Board, NetGuest, frame
 
 if TYPE_CHECKING:
@@ -482,14 +482,14 @@ def test_every_kick_is_answered_and_none_leaves_a_busy_loop(
             rng.randrange(1, 4)
         ):  # also several at once: the second may meet the first one's answer
             vcpu.kick()
-        assert wait_for(lambda n=before: len(answers) > n, 5)  # type: ignore[misc]
+        assert wait_for(lambda n=before: len(answers) > n)  # type: ignore[misc]
     time.sleep(0.05)
     runs = vcpu.runs
     time.sleep(0.3)
     assert vcpu.runs - runs < 100  # a flag left behind would make thousands
     stop.set()
     vcpu.kick()
-    t.join(5)
+    t.join(PATIENCE)
     assert not t.is_alive() and set(answers) == {STOP_ASKED}
     assert sum(r.count for r in vcpu.ledger()) == vcpu.runs
 
@@ -529,7 +529,7 @@ def test_reads_of_nobody_s_place_in_the_guest(vm: Vm, vcpu: Vcpu) -> None:
     t.start()
     assert wait_for(lambda: any(r.reason == "io" for r in vcpu.ledger()))
     vcpu.kick()
-    t.join(5)
+    t.join(PATIENCE)
     book = {
         (r.reason, r.addr, r.write): r.count for r in vcpu.ledger() if r.reason in ("io", "mmio")
     }
