@@ -14,6 +14,7 @@ from pyvmm.kvm import Kvm
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory
 from tests.descriptors import open_fds
+from tests.driver import wait_for
 from tests.host.taps import of_another
 
 ROOT = Path(__file__).parents[2]
@@ -61,4 +62,6 @@ def nothing_left_behind() -> Iterator[None]:
 
     before, fds = state(), open_fds()
     yield
+    # What has been told to end may do so a moment later: a thread with what it has open, a tap.
+    wait_for(lambda: state() == before and not open_fds() - fds)
     assert state() == before and not open_fds() - fds

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.spec import linux_boot as lb
-from tests.driver import PATIENCE
+from tests.driver import PATIENCE, wait_for
 from tests.host.taps import own_tap
 from tests.strangers import BECOME, need_readable_checkout
 
@@ -241,6 +241,7 @@ def test_killed_machine_leaves_nothing(guest: Guest) -> None:
         assert Path("/sys/class/net", name).exists()
         child.kill()
     assert child.returncode == -signal.SIGKILL
+    assert wait_for(lambda: not Path("/sys/class/net", name).exists())
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_signal_ends_it_within_a_second(guest: Guest, number: signal.Signals, st
             assert child.stdout.readline() == "reset: by hang\n"
             begin = time.monotonic()
             child.send_signal(number)
-            assert child.wait(10) == status
+            assert child.wait(PATIENCE) == status
             took.append(time.monotonic() - begin)
     assert min(took) < 1, took
 
@@ -266,7 +267,7 @@ def test_killed_at_any_time(guest: Guest) -> None:
         with spawn(["--kernel", guest("reset"), "--append", "how=hang"]) as child:
             time.sleep(delay / 1000)
             child.terminate()
-            child.wait(10)  # likewise
+            child.wait(PATIENCE)
             # Before Python has come to our handler, the default action ends the process.
             assert child.returncode in (143, -signal.SIGTERM), child.returncode
 
