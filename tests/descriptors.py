@@ -1,7 +1,10 @@
-"""Which descriptors this process has: what a test leaves open is found by comparing."""
+"""Which descriptors this process has: what a test leaves open is found by comparing. And its
+threads, as the kernel names them.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -17,4 +20,13 @@ def open_fds() -> set[tuple[int, str]]:
             found.add((int(fd.name), str(fd.readlink())))
         except FileNotFoundError:
             pass  # it was that of the directory
+    return found
+
+
+def thread_names() -> list[str]:
+    """Of all threads, also those that C has made. Any of an earlier test may be just ending."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):
+            found.append((task / "comm").read_text().strip())
     return found

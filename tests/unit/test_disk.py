@@ -31,6 +31,7 @@ from pyvmm.outcome import Outcome
 from pyvmm.spec.qcow2 import HEADER, HEADER_V3
 from pyvmm.testing.judge import judge
 from pyvmm.virtio.dead_disk import DeadDisk
+from tests.descriptors import open_fds
 from tests.driver import Events, Ring, wait_for
 from tests.strangers import let_in
 from tests.unit.test_vhost_user import no_leak
@@ -636,11 +637,10 @@ def test_a_child_that_cannot_be(tmp_path: Path) -> None:
     def refuse() -> None:
         raise OSError(1, "unshare: Operation not permitted")
 
-    def state() -> tuple[int, str]:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-        return len(list(Path("/proc/self/fd").iterdir())), children
+    def children() -> str:
+        return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
 
-    before = state()
+    before = open_fds(), children()
     for argv, prepare, why in (
         (["/bin/sh"], refuse, "x cannot be confined: unshare: Operation not permitted"),
         ([str(tmp_path)], lambda: None, "x cannot be confined: Permission denied"),
@@ -650,7 +650,7 @@ def test_a_child_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(DiskError, match=why):
             child.start(lambda fd, argv=argv: argv, prepare, {})  # type: ignore[misc]
         child.close()
-    assert state() == before
+    assert not open_fds() - before[0] and children() == before[1]
 
 
 @pytest.mark.parametrize("where", ["good", "none", "x" * 100, "relative", ""])

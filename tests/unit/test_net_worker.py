@@ -31,6 +31,7 @@ from pyvmm.hostnet.netns import Namespace
 from pyvmm.kvm.recorder import BATCH, BYTES, PACKET, SEGMENT, Recorder
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
+from tests.descriptors import open_fds
 from tests.driver import Cable, Events, NetDriver, bits, fence, wait_for
 from tests.ringforms import Form, form, only, pytest_generate_tests
 
@@ -539,8 +540,8 @@ def test_each_held_frame_has_its_own_time() -> None:
 
 
 def test_a_held_frame_s_time_starts_anew_at_the_stop() -> None:
-    """``stop(finish=True)`` promises the guest its full time; 1.3 s are there to spare."""
-    with Rig(ALL | GSO, hold_ms=1500, fill=False) as rig:
+    """``stop(finish=True)`` promises the guest its full time; 4.8 s are there to spare."""
+    with Rig(ALL | GSO, hold_ms=5000, fill=False) as rig:
         rig.driver.fill(5)
         rig.start()
         rig.cable.far.send(bytes(12) + frame(1, 30000))
@@ -548,7 +549,7 @@ def test_a_held_frame_s_time_starts_anew_at_the_stop() -> None:
         time.sleep(0.2)
         begin = time.monotonic()
         rig.path.stop(finish=True)
-        assert time.monotonic() - begin >= 1.5
+        assert time.monotonic() - begin >= 5
         assert rig.counter("rx_drop_held") == 1
 
 
@@ -723,7 +724,8 @@ def test_the_thread_is_known_when_start_returns() -> None:
         assert 0 < max(rig.path.times.began.values()) <= time.monotonic_ns()
         rig.path.stop()
         assert rig.path.workers() == []
-        assert not Path(f"/proc/self/task/{worker['tid']}").exists()
+        # Whoever joins a thread may go on a moment before the kernel's thread has ended.
+        assert wait_for(lambda: not Path(f"/proc/self/task/{worker['tid']}").exists())
         used = rig.counter("worker_cpu_ns")
         assert used >= worker["cpu_s"] * 1e9
         rig.start((0, 0))
@@ -732,18 +734,19 @@ def test_the_thread_is_known_when_start_returns() -> None:
 
 def test_the_supervisor_lives_as_long_as_the_data_path() -> None:
     """A start waits for no Python thread but the first time, and ``prepare`` makes that one."""
-    before, fds = threading.enumerate(), len(list(Path("/proc/self/fd").iterdir()))
+    # By difference: threads and descriptors of earlier tests may go at any time.
+    before, fds = set(threading.enumerate()), open_fds()
     with Rig() as rig:
         rig.path.prepare(ALL, rig.memory, [])
-        (supervisor,) = set(threading.enumerate()) - set(before)
+        (supervisor,) = set(threading.enumerate()) - before
         for base in (0, 0, 0):
             rig.start((base, base))
-            assert set(threading.enumerate()) == {*before, supervisor}
+            assert set(threading.enumerate()) - before == {supervisor}
             rig.path.stop()
         rig.path.close()
         rig.path.close()
-    assert threading.enumerate() == before
-    assert len(list(Path("/proc/self/fd").iterdir())) == fds
+    assert not set(threading.enumerate()) - before
+    assert not open_fds() - fds
 
 
 def test_a_worker_that_cannot_be_pinned_serves_all_the_same() -> None:
@@ -1155,13 +1158,12 @@ def test_a_bad_ring_is_refused_and_nothing_touched(
         for key, value in change.items():
             setattr(rings[queue], key, value)
         before = rig.memory.read(0, 1 << 20)
-        fds = len(list(Path("/proc/self/fd").iterdir()))
-        threads = threading.active_count()
+        fds, threads = open_fds(), set(threading.enumerate())
         with pytest.raises(RingFault, match=words):
             rig.path.start(rig.acked, rig.memory, rings, rig.events)
         assert rig.memory.read(0, 1 << 20) == before
-        assert len(list(Path("/proc/self/fd").iterdir())) == fds
-        assert threading.active_count() == threads
+        assert not open_fds() - fds
+        assert not set(threading.enumerate()) - threads
         assert rig.path.stop() == []
 
 

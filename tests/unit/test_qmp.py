@@ -32,6 +32,7 @@ from pyvmm.control.framer import Framer, TooMuch
 from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server, TakingCommand, WaitingCommand
 from pyvmm.errors import ControlError, HostError, MachineMissing, PyvmmError, UsageError
+from tests.descriptors import open_fds
 
 PATIENCE = 30.0
 HELLO = b'{"execute":"qmp_capabilities"}'
@@ -101,7 +102,7 @@ def fake() -> Fake:
 
 @pytest.fixture
 def srv(runtime: Path, fake: Fake) -> Iterator[Server]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     s = Server(Claim(), lambda: COMMANDS, fake, {"version": {}, "capabilities": []})
     yield s
     fake.leave.set()
@@ -109,7 +110,7 @@ def srv(runtime: Path, fake: Fake) -> Iterator[Server]:
     s.close()
     assert not os.listdir(runtime)
     assert not any(t.name == "control" for t in threading.enumerate())
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_fds() - before
 
 
 class Raw:

@@ -33,6 +33,7 @@ from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Interface, Tap
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
+from tests.descriptors import open_fds
 from tests.driver import PATIENCE, Events, NetDriver, wait_for
 from tests.strangers import need_readable_checkout
 
@@ -179,19 +180,17 @@ def test_making_a_namespace_changes_neither_ours_nor_that_of_other_threads() -> 
 
 
 def test_a_namespace_leaves_no_descriptor_thread_or_child() -> None:
-    def state() -> tuple[int, int, str]:
-        return (
-            len(list(Path("/proc/self/fd").iterdir())),
-            threading.active_count(),
-            Path("/proc/thread-self/children").read_text(),
-        )
+    def children() -> str:
+        return Path("/proc/thread-self/children").read_text()
 
-    before = state()
+    before = open_fds(), set(threading.enumerate()), children()
     for _ in range(3):
         with Namespace(address="10.0.0.1/24", queues=2) as ns:
             ns.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
         ns.close()
-    assert state() == before
+    assert not open_fds() - before[0]
+    assert not set(threading.enumerate()) - before[1]
+    assert children() == before[2]
 
 
 def in_child(monkeypatch: pytest.MonkeyPatch, body: Callable[..., Any]) -> tuple[Any, ...]:
