@@ -614,7 +614,7 @@ class NetDriver:
         self.filled.append((gpa, length))
         return self.memory.read(gpa, length)
 
-    def wait_packets(self, count: int, timeout: float = 10.0) -> list[bytes]:
+    def wait_packets(self, count: int, timeout: float = 60.0) -> list[bytes]:
         """Poll until ``count`` packets have arrived; returns all packets that arrived meanwhile."""
         wait_for(lambda: self.poll() is not None and len(self.received) >= count, timeout)
         return self.received

@@ -300,7 +300,7 @@ def test_announcing(rig: Rig) -> None:
     assert rig.command(*acknowledge) == VIRTIO_NET_ERR  # nobody had asked
     assert rig.device.announce()
     assert rig.guest.pci.config(6, 2) == 3
-    assert rig.board.vm.delivered(1)
+    assert rig.board.vm.delivered(60)
     assert rig.command(*acknowledge) == VIRTIO_NET_OK
     assert rig.guest.pci.config(6, 2) == 1
 

@@ -161,10 +161,10 @@ def test_a_closed_pipe_frees_who_waits(pipe: Any) -> None:
 
 def test_many_writers_one_reader() -> None:
     p = Pipe(256)
-    writers = [p.in_thread(bytes([n]) * 5000, 10000) for n in range(4)]
+    writers = [p.in_thread(bytes([n]) * 5000, 120_000) for n in range(4)]
     got = b""
     while len(got) < 20000:
-        got += p.read(timeout_ms=5000)
+        got += p.read(timeout_ms=60_000)
     for t, result in writers:
         t.join()
         assert result[0][0] == 5000
@@ -184,7 +184,7 @@ def stream() -> Iterator[Any]:
 
 
 def put(stream: Any, data: Any) -> None:
-    assert lib.pv_pipe_write(stream.pipe, data, len(data), 5000) == len(data)
+    assert lib.pv_pipe_write(stream.pipe, data, len(data), 60_000) == len(data)
 
 
 def test_a_stream_reaches_all_sinks_and_expect(stream: Any) -> None:
@@ -296,7 +296,7 @@ def drain(fd: Any) -> Any:
 
 def test_a_slow_reader_loses_nothing() -> None:
     r, w = os_pipe()
-    sink = FdSink(w, patience=10)
+    sink = FdSink(w, patience=PATIENCE)
     got: list[bytes] = []
     data = bytes(i & 0xFF for i in range(1 << 18))
     t = threading.Thread(target=sink, args=(data,))
@@ -312,16 +312,16 @@ def test_a_slow_reader_loses_nothing() -> None:
 
 def test_a_stuck_reader_costs_patience_once_then_bytes_are_dropped_and_counted() -> None:
     r, w = os_pipe()
-    sink = FdSink(w, patience=0.15)
+    sink = FdSink(w, patience=1)
     start = time.monotonic()
     sink(b"x" * (1 << 20))
-    assert 0.1 < time.monotonic() - start < 5
+    assert 0.9 < time.monotonic() - start < PATIENCE
     first = sink.dropped
     assert 0 < first < 1 << 20
     start = time.monotonic()
     for _ in range(100):
         sink(b"y" * 100)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 50
     assert sink.dropped == first + 10000
     assert len(drain(r)) == (1 << 20) - first
     sink(b"again")

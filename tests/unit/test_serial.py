@@ -160,7 +160,7 @@ def test_input_waits_in_a_queue_and_then_at_the_user(port: Any) -> None:
 
 def test_send_goes_on_as_long_as_the_guest_reads(port: Any) -> None:
     data = bytes(i & 0xFF for i in range(20000))
-    t = threading.Thread(target=port.console.send, args=(data, 5))
+    t = threading.Thread(target=port.console.send, args=(data, 120))
     t.start()
     got = bytearray()
     while len(got) < len(data):

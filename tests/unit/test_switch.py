@@ -390,7 +390,7 @@ def test_interrupts_masked_during_the_switch(rig: Rig) -> None:
     assert rig.guest.pci.pending() >> 1 & 1
     rig.board.vm.delivered()
     rig.guest.pci.mask(1, False)
-    assert (0xFEE00000, 0x31) in rig.board.vm.delivered(5)
+    assert (0xFEE00000, 0x31) in rig.board.vm.delivered(60)
     rig.exchange()
 
 

@@ -141,7 +141,7 @@ class Running:
         self.agent = Agent(theirs)
 
     def end(self) -> int | BaseException:
-        self.thread.join(10)
+        self.thread.join(60)
         assert not self.thread.is_alive()
         return self.result
 

@@ -66,13 +66,13 @@ class Card:
             try:
                 os.write(self.fd, HEADER + frame)
             except BlockingIOError:
-                select.select([self.fd], [self.fd], [], 20)
+                select.select([self.fd], [self.fd], [], 60)
                 with suppress(BlockingIOError):
                     os.read(self.fd, 70000)
             else:
                 return
 
-    def receive(self, wanted: Callable[[bytes], bool], seconds: float = 20) -> bytes:
+    def receive(self, wanted: Callable[[bytes], bool], seconds: float = 60) -> bytes:
         """The next frame that is wanted; requests for the guest's MAC address are answered."""
         until = time.monotonic() + seconds
         while True:
@@ -182,7 +182,7 @@ def test_tcp_to_the_hosts_loopback(card: Card) -> None:
 def test_udp_and_silence_without_loopback(card: Card) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
-        server.settimeout(20)
+        server.settimeout(60)
         port = server.getsockname()[1]
         card.udp(port, 2000, b"question")
         data, peer = server.recvfrom(100)
@@ -208,7 +208,7 @@ def test_a_port_of_the_host_leads_into_the_guest() -> None:
         ):
             Card(forwards=[Forward(f"{port}-22")])
     card = Card(forwards=[Forward(f"{port}-22")])
-    with socket.create_connection(("127.0.0.1", port), 20):
+    with socket.create_connection(("127.0.0.1", port), 60):
         source, target, seq, _, flags, _ = segment(card.receive(is_tcp))
         assert (target, flags) == (22, SYN)
         card.tcp(source, 22, SYN | ACK, 5, seq + 1)
@@ -239,7 +239,7 @@ def test_the_child_ends_with_its_card() -> None:
     card = Card()
     assert card.stack.pid is not None
     os.kill(card.stack.pid, signal.SIGKILL)
-    assert select.select([card.fd], [], [], 20)[0] and os.read(card.fd, 100) == b""
+    assert select.select([card.fd], [], [], 60)[0] and os.read(card.fd, 100) == b""
     assert card.stack.gone() == "the user network was killed (SIGKILL)"
     card.stack.close()
 
@@ -299,7 +299,7 @@ def test_the_child_is_confined(call: int) -> None:
     assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
     assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
     assert wait_for(lambda: inject(pid, call))
-    assert select.select([card.fd], [], [], 20)[0] and os.read(card.fd, 100) == b""
+    assert select.select([card.fd], [], [], 60)[0] and os.read(card.fd, 100) == b""
     card.stack.close()
 
 
@@ -442,7 +442,7 @@ def test_packets_of_a_tap_leave_by_the_stack(routed: Routed) -> None:
         talk(routed, server)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         datagrams.bind(("127.0.0.1", 0))
-        datagrams.settimeout(20)
+        datagrams.settimeout(60)
         routed.udp(datagrams.getsockname()[1], 2000, b"question")
         data, peer_at = datagrams.recvfrom(100)
         datagrams.sendto(b"answer", peer_at)
@@ -455,7 +455,7 @@ def test_a_port_of_the_host_leads_behind_the_router() -> None:
         port = one.getsockname()[1]
     routed = Routed(f"emulated,internet=on,hostfwd={port}-22")
     try:
-        with socket.create_connection(("127.0.0.1", port), 20):
+        with socket.create_connection(("127.0.0.1", port), 60):
             frame = routed.receive(is_tcp)
             assert socket.inet_ntoa(frame[30:34]) == TAP_GUEST
             assert segment(frame)[1] == 22 and segment(frame)[4] == SYN
