@@ -78,7 +78,7 @@ class PanicWatch:
         """Another guest begins: forget the panic of the one before. No vCPU may run."""
         self.stop()
         self._reported = False
-        self._begin = self._console.position
+        self._begin = self._console.written  # the reader may not have come so far yet
 
     def stop(self) -> None:
         """Do not call ``over`` for pvpanic's report any more. A second call does nothing."""
@@ -89,6 +89,8 @@ class PanicWatch:
         """The console's sink. After a panic whose kernel prints nothing more, the machine ends now
         and not by its time-out.
         """
+        if (before := self._begin - self._console.position) > 0:  # a former guest's words
+            self._said, data = b"", data[before:]
         text = self._said + data
         at = text.find(LAST_LINE)
         if at < 0:

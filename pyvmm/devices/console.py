@@ -182,6 +182,16 @@ class Stream:
             return self.dropped_text + len(self.text)
 
     @property
+    def written(self) -> int:
+        """The ``position`` at which the reader thread will have taken all that has been written by
+        now. No vCPU may run.
+        """
+        with self._using:
+            if self.pipe == ffi.NULL:
+                return self.position
+            return int(lib.pv_pipe_total(self.pipe) - lib.pv_pipe_dropped(self.pipe))
+
+    @property
     def dropped(self) -> int:
         """How many bytes the guest wrote that no reader took in time."""
         with self._using:

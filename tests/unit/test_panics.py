@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -133,3 +134,28 @@ def test_a_phrase_is_spotted_in_any_two_pieces() -> None:
         spotter(text[:cut])
         spotter(text[cut:])
         assert found == [1], cut
+
+
+def test_what_nobody_has_read_at_a_restart_is_the_former_guests(rig: Rig) -> None:
+    """The reader of the console comes late, as on a busy machine."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(data: bytes) -> None:
+        inside.set()
+        go_on.wait(PATIENCE)
+
+    rig.console.add_sink(slow)
+    rig.console.put(b"x")
+    assert inside.wait(PATIENCE)
+    rig.console.put(PANIC + END)
+    rig.watch.restart()
+    go_on.set()
+    rig.console.put(b"the next guest\n")
+    until = time.monotonic() + PATIENCE
+    while rig.console.position < rig.console.written:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    assert (rig.watch.text(), rig.over) == ("", 0)
+    assert rig.judged(Outcome("reboot"))[0] == "reboot"
+    rig.say(PANIC, END)
+    assert (rig.watch.text(), rig.over) == (LINE, 1)
