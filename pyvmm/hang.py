@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import State, Vcpu
     from pyvmm.memory import GuestMemory
 
-LOOKS = 10  # at least so many looks within the time-out
+LOOKS = 10  # at least so many looks find a vCPU stuck
 PERIOD_MAX = 1.0  # seconds
 AT_WORK = 10.0  # a vCPU whose registers change may be stuck so many times as long
 PATIENCE = 2.0  # seconds for a vCPU to report its state; a later one is busy in a device
@@ -116,6 +116,8 @@ class HangWatch:
     def _watch(self) -> None:
         since: list[float | None] = [None] * len(self._vcpus)
         begun = [0.0] * len(self._vcpus)  # when the vCPU was first found stuck, moving or not
+        # Time alone does not count: a host that has stood still has kept the guest from going on.
+        looks = [0] * len(self._vcpus)
         rings: list[bytes] = []
         while not self._end.wait(self._period):
             before, rings = rings, self._rings()
@@ -124,6 +126,7 @@ class HangWatch:
             now = time.monotonic()
             for i, state in enumerate(states):
                 stuck = state in (HALTED_OFF, RUNS_OFF) and not busy
+                looks[i] = looks[i] + 1 if stuck else 0
                 if not stuck:
                     since[i] = None
                 elif since[i] is None:
@@ -132,7 +135,8 @@ class HangWatch:
                     since[i] = now - (now - begun[i]) / AT_WORK
             if self._end.is_set():
                 return
-            if stuck_too_long(since, states, self._linux, now, self._limit):
+            long = [s if n >= LOOKS else None for s, n in zip(since, looks, strict=True)]
+            if stuck_too_long(long, states, self._linux, now, self._limit):
                 where = "; ".join(f"vCPU {i} {s}" for i, s in enumerate(states) if s != NOT_STARTED)
                 self._found(f"no progress for {self._limit:g} s: {where}")
                 return
