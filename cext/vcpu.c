@@ -22,6 +22,7 @@ struct pv_vcpu_private {
 	struct pv_bus *bus;
 	bool stop;		      /* atomic: somebody wants pv_vcpu_run() to return */
 	bool in_run;		      /* thread is in pv_vcpu_run() and may be signalled */
+	bool inside;		      /* atomic: thread is in KVM_RUN */
 	bool unaccounted;	      /* the latest exit's time is still running */
 	bool interrupted;	      /* by a signal; it may have stopped the process for long */
 	struct pv_exit_slot *current; /* the latest exit's slot; NULL if the ledger was full */
@@ -440,7 +441,9 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 			p->run->immediate_exit = 1;
 		if (!v->first_run)
 			v->first_run = now;
+		__atomic_store_n(&p->inside, true, __ATOMIC_RELAXED);
 		ret = ioctl(v->fd, KVM_RUN, 0);
+		__atomic_store_n(&p->inside, false, __ATOMIC_RELEASE);
 		v->last_exit = pv_now_ns();
 		if (!v->first_exit)
 			v->first_exit = v->last_exit;
@@ -460,6 +463,18 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 	p->in_run = false;
 	pthread_mutex_unlock(&p->lock);
 	return stop;
+}
+
+/**
+ * pv_vcpu_inside() - Whether the vCPU may be in the guest now
+ * @v:		The vCPU
+ *
+ * Any thread may call this. After pv_vcpu_kick(), a vCPU that is not in the guest does not execute
+ * an instruction of the guest before pv_vcpu_run() has returned.
+ */
+bool pv_vcpu_inside(const struct pv_vcpu *v)
+{
+	return __atomic_load_n(&v->priv->inside, __ATOMIC_ACQUIRE);
 }
 
 /**

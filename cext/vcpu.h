@@ -100,6 +100,7 @@ struct pv_vcpu *pv_vcpu_new(int fd, size_t run_size, struct pv_bus *bus);
 int pv_vcpu_attach(struct pv_vcpu *v, int fd, size_t run_size);
 void pv_vcpu_free(struct pv_vcpu *v);
 enum pv_stop pv_vcpu_run(struct pv_vcpu *v);
+bool pv_vcpu_inside(const struct pv_vcpu *v);
 void pv_vcpu_settle(struct pv_vcpu *v);
 void pv_vcpu_rested(struct pv_vcpu *v);
 bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 
 from pyvmm.kvm.vcpu import (
     EXIT_FAIL_ENTRY,
@@ -39,6 +40,9 @@ EHWPOISON = 133  # asm-generic/errno.h; Python has no name for it
 KICK_AGAIN_S = 0.2
 #: Seconds after which a vCPU that a device holds (``Bus.hold``) looks whether it is to leave.
 HELD_LOOK_S = 0.1
+#: Seconds after which it is looked again whether a vCPU that was told to has left the guest, and
+#: the most seconds for that.
+INSIDE_LOOK_S, LEAVE_S = 0.01, 60.0
 
 
 class VcpuThreads:
@@ -155,6 +159,12 @@ class VcpuThreads:
                 self._changed.wait_for(
                     lambda: self._ended or self._parked == len(self._vcpus), patience
                 )
+                # A busy host may keep a thread from leaving the guest for longer than that.
+                until = time.monotonic() + LEAVE_S
+                while not self._ended and any(vcpu.inside for vcpu in self._vcpus):
+                    if time.monotonic() > until:
+                        break
+                    self._changed.wait(INSIDE_LOOK_S)
 
     def resume(self) -> None:
         """Let the vCPUs enter the guest again."""

@@ -281,6 +281,12 @@ class Vcpu:
             if self.c != ffi.NULL:
                 lib.pv_vcpu_kick(self.c)
 
+    @property
+    def inside(self) -> bool:
+        """Whether it may be in the guest now. Any thread, also after ``close``."""
+        with self._kicking:
+            return bool(self.c != ffi.NULL and lib.pv_vcpu_inside(self.c))
+
     def rested(self) -> None:
         """The machine goes on after a pause: do not count the pause as the latest exit's time, and
         tell the guest's clock of it (KVM_KVMCLOCK_CTRL), so that the guest does not take the pause

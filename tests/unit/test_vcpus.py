@@ -261,6 +261,22 @@ def test_pause_waits_with_patience_for_a_thread_that_is_held_up(rig: Rig) -> Non
     until(lambda: rig.threads.parked == 2)
 
 
+def test_pause_waits_for_a_vcpu_that_leaves_the_guest_late(rig: Rig) -> None:
+    """However long a busy host gives its thread no time."""
+    rig.start()
+    until(rig.in_guest)
+    vcpu = rig.vcpus[0]
+    vcpu.kick = lambda: None  # type: ignore[method-assign]
+    pausing = threading.Thread(target=rig.threads.pause, args=(0.1,))
+    pausing.start()
+    until(lambda: rig.threads.parked == 1)
+    pausing.join(0.5)
+    assert pausing.is_alive() and vcpu.inside
+    vcpu._kicked.set()
+    pausing.join(PATIENCE)
+    assert not pausing.is_alive() and not rig.in_guest()
+
+
 def test_pause_of_a_machine_that_has_ended_does_not_wait(rig: Rig) -> None:
     rig.start()
     until(rig.in_guest)
