@@ -149,15 +149,19 @@ class Run:
         until = time.monotonic() + timeout
         with self._changed:
             while True:
+                # Asked before the search, so that no output can come between them.
+                over = self._over()
                 match = compiled.search(bytes(self.stdout), start)
                 if match:
                     return match
+                assert not over, f"ended before {pattern!r} came: {self!r}"
                 assert self._changed.wait(until - time.monotonic()), (
                     f"{pattern!r} did not come: {self!r}"
                 )
-                assert self.process.poll() is None or any(t.is_alive() for t in self._readers), (
-                    f"ended before {pattern!r} came: {self!r}"
-                )
+
+    def _over(self) -> bool:
+        """Whether it has ended, and everything that it printed has arrived."""
+        return self.process.poll() is not None and not any(t.is_alive() for t in self._readers)
 
     @property
     def pid(self) -> int:
@@ -206,7 +210,7 @@ class Run:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(PATIENCE / 6)
+                self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.wait()
@@ -341,10 +345,21 @@ def nic_address(nic: int, side: str) -> str:
     return f"192.168.{100 + nic}.{1 if side == 'host' else 2}"
 
 
+def pings(address: str, count: int = 3, options: str = "") -> str:
+    """A guest's command that asks for echoes, one after another, and fails if one does not come.
+
+    Each is a ping(8) of its own: for the last one of several, busybox waits for a second only. For
+    a single one it waits as long as -W says.
+    """
+    return (
+        f"(for _ in $(seq {count}); do "
+        f"ping -q -c 1 -W {PATIENCE / 3:.0f} {options} {address} || exit 1; done)"
+    )
+
+
 def check_ping(guest: Guest, nic: int = 0, *, size: int = 56) -> None:
     """Ping both ways; every request answered."""
-    text = guest.do(f"ping -c 3 -i 0.3 -s {size} {nic_address(nic, 'host')}")
-    assert "3 packets received" in text, text
+    guest.do(pings(nic_address(nic, "host"), options=f"-s {size}"))
     echo = [sys.executable, "-I", "-S", str(Path(__file__).with_name("echo.py"))]
     result = guest.host_run(nic, *echo, nic_address(nic, "guest"), "3", str(size))
     assert result.status == 0, result

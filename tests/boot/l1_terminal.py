@@ -25,6 +25,8 @@ import termios
 import time
 
 PATIENCE = 180.0
+#: Written behind the command's output. A terminal passes these bytes on as they are.
+END = b"\0end of output\0"
 
 
 class Terminal:
@@ -62,9 +64,19 @@ class Terminal:
             self.pump(1.0)
         return True
 
+    def drain(self) -> None:
+        """Read all that the command has written: what is on its way may come after its end."""
+        while select.select([self.master], [], [], 0)[0]:
+            self.pump(0)
+        os.write(self.slave, END)
+        until = time.monotonic() + PATIENCE
+        while not self.output.endswith(END) and time.monotonic() < until:
+            self.pump(1.0)
+        self.output = self.output.removesuffix(END)
+
     def wait(self) -> int | None:
         """The exit status as a shell has it; None, and killed, where it does not end."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -111,6 +123,8 @@ def play(scenario: dict[str, object]) -> dict[str, object]:
     start = time.monotonic()
     status = terminal.wait()
     seconds = time.monotonic() - start
+    if terminal.slave >= 0:
+        terminal.drain()
     restored = terminal.slave < 0 or termios.tcgetattr(terminal.slave) == terminal.before
     for fd in (terminal.master, terminal.slave):
         if fd >= 0:

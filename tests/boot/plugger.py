@@ -1,7 +1,7 @@
 """Plugs cards into a running guest and removes them; runs in the testbed: `python -m
 tests.boot.plugger ROUNDS`. Prints one JSON object.
 
-The first card's traffic goes on all the while: a ping from the host, whose every echo counts. After
+The first card's traffic goes on all the while: echoes from the host, each of which counts. After
 each mode has been used once, what this process holds must not grow any more.
 """
 
@@ -20,21 +20,25 @@ from pyvmm import Machine, Net
 from pyvmm.card.nic import Nic
 from pyvmm.errors import GuestTimeout
 from pyvmm.images import find
-from tests.boot.guest import PATIENCE
+from tests.boot.guest import PATIENCE, pings
 from tests.descriptors import open_fds
 
 #: One data path after another.
 MODES = ("emulated", "vhost-net,queues=2", "vhost-user")
 IN_GUEST = r"""
-for _ in $(seq 200); do
+while :; do
   for dir in /sys/class/net/*; do
     [ "$(cat $dir/address)" != {mac} ] || iface=${{dir##*/}}
   done
   [ -z "$iface" ] || break
   sleep 0.05
 done
-ip link set $iface up && ip addr add {guest} dev $iface && ping -q -c 3 -i 0.05 -W 5 {host}
+ip link set $iface up && ip addr add {guest} dev $iface && {pings}
 """
+
+
+#: See ``rest``.
+Rest = tuple[dict[str, int], int, int, int]
 
 
 def held() -> dict[str, int]:
@@ -49,18 +53,24 @@ def held() -> dict[str, int]:
     }
 
 
-def rest(vm: Machine) -> tuple[dict[str, int], int, int, int]:
+def rest(vm: Machine) -> Rest:
     """What the process and the machine have."""
     return held(), len(vm.vm._msi), vm.vm._next_gsi, len(vm.bus._regions)
+
+
+def grown(first: Rest, now: Rest) -> bool:
+    """Whether there is more of anything."""
+    more = [now[0][name] > count for name, count in first[0].items()]
+    return any(more) or any(n > f for f, n in zip(first[1:], now[1:], strict=True))
 
 
 def use(vm: Machine, nic: Nic) -> None:
     """Ping through a card from the guest."""
     assert nic.host and nic.guest
     address = nic.host.partition("/")[0]
-    script = IN_GUEST.format(mac=nic.device.mac.hex(":"), guest=nic.guest, host=address)
-    result = vm.run(script)
-    assert result.status == 0 and b" 0% packet loss" in result.stdout, result
+    script = IN_GUEST.format(mac=nic.device.mac.hex(":"), guest=nic.guest, pings=pings(address))
+    result = vm.run(script, timeout=PATIENCE)
+    assert result.status == 0 and result.stdout.count(b" 0% packet loss") == 3, result
 
 
 def gone(vm: Machine, nic: Nic) -> None:
@@ -84,7 +94,8 @@ def rounds(vm: Machine, count: int) -> None:
     assert first is not None
     now = rest(vm)
     until = time.monotonic() + PATIENCE
-    while now != first:  # a thread that has done its work may not have ended yet
+    # A thread that has done its work may not have ended yet, neither now nor at the first time.
+    while grown(first, now):
         assert time.monotonic() < until, f"{first} became {now}"
         time.sleep(0.1)
         now = rest(vm)
@@ -128,7 +139,9 @@ def main() -> int:
         first = vm.nets[0]
         assert first.guest and first.namespace
         target = first.guest.partition("/")[0]
-        ping = first.namespace.popen(["ping", "-q", "-i", "0.02", "-W", "30", target], stdout=log)
+        # At SIGINT, ping(8) would not wait for the echoes that are on their way.
+        echo = [sys.executable, "-I", "-S", str(Path(__file__).with_name("echo.py"))]
+        ping = first.namespace.popen([*echo, target, "0", "56"], stdout=log)
         try:
             rounds(vm, int(sys.argv[1]))
         finally:

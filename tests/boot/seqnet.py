@@ -61,10 +61,7 @@ def install(guest: Guest, program: Path, nic: int = 0) -> None:
     result = guest.host_run(nic, "sh", "-c", send)
     assert result.status == 0, result
     size = program.stat().st_size
-    guest.do(
-        f"until [ $(wc -c <{PROGRAM}) = {size} ]; do sleep 0.1; done; chmod +x {PROGRAM}",
-        timeout=30,
-    )
+    guest.do(f"until [ $(wc -c <{PROGRAM}) = {size} ]; do sleep 0.1; done; chmod +x {PROGRAM}")
 
 
 class HostCounter:

@@ -12,6 +12,7 @@ import pytest
 
 from pyvmm.programs import program
 from tests.boot.guest import PYVMM, Guest
+from tests.boot.guest import pings as ask
 
 if TYPE_CHECKING:
     from tests.boot.guest import Host
@@ -62,7 +63,7 @@ def test_a_capture_goes_on_across_switches(host: Host, tmp_path: Path) -> None:
                 )
                 assert capture.stderr is not None
                 assert "capturing to" in capture.stderr.readline()
-            guest.do(f"ping -q -c {COUNT} -i 0.02 -s {size} 192.168.100.1")
+            guest.do(ask("192.168.100.1", COUNT, f"-s {size}"))
         assert capture is not None
         capture.send_signal(signal.SIGINT)
         _, said = capture.communicate(timeout=60)

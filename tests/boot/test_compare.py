@@ -151,7 +151,7 @@ def test_ctrl_c(host: Host, tmp_path: Path) -> None:
         "--modes",
         "vhost-user",
         "--workload",
-        "ping,idle",
+        "ping,idle,tcp-tx,tcp-rx,udp-small",  # those after the ping give the signal time
         "--seconds",
         "1",
         "--repeat",

@@ -133,19 +133,19 @@ def test_ends_without_linux(host: Host, tmp_path: Path) -> None:
     """
     kernels = {
         # cli; jmp .
-        "spin": "fa ebfe",
+        "spin": ("fa ebfe", "4"),
         # cli; hlt; jmp .
-        "halt": "fa f4 ebfe",
+        "halt": ("fa f4 ebfe", "4"),
         # lidt [empty]; ud2
-        "triple": "0f011d02000000 0f0b 00000000000000000000",
+        "triple": ("0f011d02000000 0f0b 00000000000000000000", "120"),
         # mov eax, 0xd0000000; jmp rax: into the PCI window, where nothing is
-        "nowhere": "b8000000d0 ffe0",
+        "nowhere": ("b8000000d0 ffe0", "120"),
     }
     runs = run_all(
         host,
         {
-            name: ["--kernel", bare_metal(tmp_path / name, code), "--timeout", "4"]
-            for name, code in kernels.items()
+            name: ["--kernel", bare_metal(tmp_path / name, code), "--timeout", limit]
+            for name, (code, limit) in kernels.items()
         },
         "--net",
         "none",

@@ -30,6 +30,7 @@ check() { [ "$2" = "$3" ] || echo "$1: '$2', not '$3'"; }
 mkfifo go
 $E yes | { read -r line; echo "$line" >slow; read -r end <go; } &
 slow=$!
+until [ -s slow ]; do sleep 0.1; done
 
 # 20 MB there and back.
 head -c 20000000 /dev/urandom >data

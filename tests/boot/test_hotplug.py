@@ -25,12 +25,12 @@ def test_cards_come_and_go(host: Host) -> None:
     assert result.status == 0, f"{result.out}\n{result.err[-3000:]}"
     found = json.loads(result.out)
     assert found["end"] == "poweroff" and found["sent"] > 100, found
-    assert found["sent"] - found["received"] <= 1, found  # the latest echo may be on its way
+    assert found["received"] == found["sent"], found
 
 
 PING_ALL = """
 for n in $(seq 100 130); do
-  ping -q -c 1 -W 20 192.168.$n.1 >/dev/null && echo 192.168.$n.1
+  ping -q -c 1 -W 60 192.168.$n.1 >/dev/null && echo 192.168.$n.1
 done
 ls /sys/class/net | grep -c eth
 grep -c 'IO-APIC.*, virtio' /proc/interrupts

@@ -36,7 +36,7 @@ def test_linux_boots_and_its_card_works(host: Host) -> None:
     assert set(ALWAYS) <= set(rows)
     chosen = rows if os.environ.get("PYVMM_KERNEL_OPTIONS") == "all" else ALWAYS
     script = (
-        f"ping -q -c 1 -W 20 {nic_address(0, 'host')} >/dev/null && grep virtio /proc/interrupts"
+        f"ping -q -c 1 -W 60 {nic_address(0, 'host')} >/dev/null && grep virtio /proc/interrupts"
     )
     runs = run_all(
         host,
