@@ -49,5 +49,5 @@ def nothing_left(host: Host) -> Iterator[None]:
     before = host.leftovers()
     yield
     host.wait_until(
-        lambda: host.leftovers() == before, lambda: f"{before} became {host.leftovers()}"
+        lambda: not host.left_behind(before), lambda: f"left behind: {host.left_behind(before)}"
     )

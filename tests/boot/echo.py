@@ -17,6 +17,9 @@ import time
 #: Seconds for all answers; for those that are missing at SIGINT.
 PATIENCE = 60.0
 PERIOD = 0.02
+#: Linux's numbers (include/uapi/linux/in.h), which Python does not have.
+IP_MTU_DISCOVER, IP_PMTUDISC_DO = 10, 2
+SO_RCVBUFFORCE = 33
 
 
 def checksum(data: bytes) -> int:
@@ -85,6 +88,9 @@ def many(echoes: Echoes) -> int:
 def main() -> int:
     address, count, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO)  # no fragments
+        # Answers to other processes come, too, also while this one gets no processor.
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
         echoes = Echoes(sock, address, size)
         sent = some(echoes, count) if count else many(echoes)
     print(f"{sent} packets transmitted, {len(echoes.answered)} received")

@@ -57,15 +57,21 @@ class Host:
         assert result.status == 0, f"{script!r}: {result}"
         return result.out
 
-    def start(self, *argv: str) -> Future[Result]:
+    def start(self, *argv: str, timeout: float = PATIENCE) -> Future[Result]:
         """A command in the testbed, meanwhile."""
-        return self._pool.submit(self.run, *argv)
+        return self._pool.submit(self.run, *argv, timeout=timeout)
 
     def leftovers(self) -> list[str]:
         """What a run could leave behind: processes, VMs, interfaces, named and nameless network
         namespaces.
         """
         return self.run("sh", "-c", LEFTOVERS).out.split("\n")
+
+    def left_behind(self, before: list[str]) -> list[str]:
+        """What there is now besides ``before``. What has gone is not left behind: a VM outlives its
+        process for a moment, so that of the test before may have been seen.
+        """
+        return sorted(set(self.leftovers()) - set(before))
 
     @staticmethod
     def wait_until(
@@ -389,8 +395,10 @@ def check_tcp(guest: Guest, nic: int = 0, *, megabytes: int = 2) -> None:
 
 def serve_iperf(guest: Guest, options: str = "") -> None:
     """Start an iperf3 server in the guest, and wait until it listens (proc(5), /proc/net/tcp)."""
+    listens = "grep -q ':1451 .* 0A ' /proc/net/tcp /proc/net/tcp6"
+    guest.do(f"while {listens}; do sleep 0.1; done")  # one that is ending
     guest.start(f"iperf3 -s {options}")
-    guest.do("until grep -q ':1451 .* 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done")
+    guest.do(f"until {listens}; do sleep 0.1; done")
 
 
 def check_iperf(guest: Guest, nic: int = 0, *, megabytes: int = 4) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyvmm.images import find
-from tests.boot.guest import Guest, Run, exits_by_device, run_all
+from tests.boot.guest import Guest, Run, exits_by_device, pings, run_all
 
 if TYPE_CHECKING:
     from tests.boot.guest import Host
@@ -84,11 +84,11 @@ def test_a_tap_of_the_users_and_sigkill(host: Host, mode: str) -> None:
     try:
         before = host.sh(look)
         with Guest(host, *args) as guest:
-            assert " 3 packets received" in guest.do("ping -c 3 192.168.170.1")
+            guest.do(pings("192.168.170.1"))
             host.sh(f"kill -{int(signal.SIGKILL)} {guest.pid}")
             assert guest.wait() == 128 + signal.SIGKILL
         with Guest(host, *args) as guest:
-            assert " 3 packets received" in guest.do("ping -c 3 192.168.170.1")
+            guest.do(pings("192.168.170.1"))
             guest.leave()
             assert guest.report["nets"][0]["tap"] == "boot0"
         assert host.sh(look) == before
