@@ -184,7 +184,8 @@ BREAKS: dict[str, Callable[[Code], None]] = {
     "double-fault": _steps(_load(RAX, HOLE), _raw("48 89 c4 50")),
     "warning": _call("__warn", args=("drivers/net/breaker.c", 42, IMAGE + 0x100_0000, 9, 0, 0)),
     "spin": _raw("f3 90 eb fc"),  # until release() has changed the jump's distance
-    "uninterruptible": _call("schedule_timeout_uninterruptible", args=(6 * HZ,)),
+    # The guest looks every second, twice, and may stand still meanwhile.
+    "uninterruptible": _call("schedule_timeout_uninterruptible", args=(12 * HZ,)),
     "locked-sleep": _locked_sleep,
     "list": _list,
     "refcount": _steps(

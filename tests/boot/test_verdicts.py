@@ -50,7 +50,8 @@ BREAKS = {
         "double-free": "bug",
     },
 }
-PAUSE = 6.0  # seconds; the guest's watchdog barks after two
+#: Seconds; the guest's watchdog barks after two. Longer than a busy host makes a guest wait.
+PAUSE = 12.0
 
 
 @pytest.mark.parametrize("image", BREAKS)
@@ -103,12 +104,14 @@ def test_out_of_memory_is_a_report_and_clean_boots_have_none(host: Host) -> None
         assert runs[name].status == 0, repr(runs[name])
 
 
-def lockups(text: str) -> list[int]:
-    """The seconds of the soft lockups in a kernel's log that a pause of PAUSE seconds explains. A
-    shorter one is the fault of a host that was busy meanwhile.
+def lockups(text: str) -> list[float]:
+    """The seconds of the soft lockups and RCU stalls in a kernel's log that a pause of PAUSE
+    seconds explains. A shorter one is the fault of a host that was busy meanwhile.
     """
-    found = re.findall(r"soft lockup - CPU#0 stuck for (\d+)s", text)
-    return [s for s in map(int, found) if s >= PAUSE - 2]
+    found = [float(s) for s in re.findall(r"soft lockup - CPU#0 stuck for (\d+)s", text)]
+    stalls = "".join(re.findall(r"rcu: .*\n", text))
+    found += [int(n) / breaker.HZ for n in re.findall(r"(\d+) jiffies", stalls)]
+    return [s for s in found if s >= PAUSE - 2]
 
 
 def test_a_pause_is_no_lockup(host: Host) -> None:
@@ -133,7 +136,7 @@ def test_a_pause_is_no_lockup(host: Host) -> None:
             else:
                 pyvmm(host, "cont", NAME)
             text = guest.do("sleep 3; dmesg -c")
-            assert not lockups(text) and "rcu: INFO" not in text, (how, text)
+            assert not lockups(text), (how, text)
     result = unread.result(PATIENCE)
     assert result.out.startswith("y\n") and "] " in result.out, result
     assert not lockups(result.out), result
