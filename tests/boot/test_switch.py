@@ -8,13 +8,12 @@ import socket
 import struct
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.boot.guest import PYVMM, Guest, check_ping
-from tests.perf.soak import build
+from tests.perf.soak import build, waiting
 
 if TYPE_CHECKING:
     from tests.boot.guest import Host
@@ -30,7 +29,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def soak(host: Host, flow: str, *args: str) -> str:
     """`make soak` in the testbed; its last line."""
-    result = host.run(sys.executable, "-m", "tests.perf.soak", "--flow", flow, *args, timeout=400)
+    result = host.run(sys.executable, "-m", "tests.perf.soak", "--flow", flow, *args, timeout=1200)
     last = result.out.rstrip().rpartition("\n")[2]
     assert result.status == 0 and last.startswith("PASS: "), f"{result.out}\n{result.err}"
     return last
@@ -88,17 +87,6 @@ def test_by_name(host: Host) -> None:
         for mode in modes.values():
             assert mode["counters"]["rx_packets"] > 0 < mode["counters"]["tx_packets"]
             assert sum(mode["exits"]["by_device"].values()) == mode["exits"]["kvm_run_returns"]
-
-
-def waiting(port: int) -> str | None:
-    """Bytes that a UDP socket has yet to read, in hexadecimal; None where there is no such
-    socket.
-    """
-    for line in Path("/proc/net/udp").read_text().splitlines()[1:]:
-        words = line.split()
-        if words[1].endswith(f":{port:04X}"):
-            return words[4].partition(":")[2]
-    return None
 
 
 def test_what_counts_can_count(host: Host, flow: str) -> None:

@@ -179,6 +179,17 @@ class Elsewhere:
         self.process.wait()
 
 
+def waiting(port: int, process: int | str = "self") -> str | None:
+    """Bytes that a UDP socket in the network namespace of a process has yet to read, in
+    hexadecimal; None where there is no such socket.
+    """
+    for line in Path(f"/proc/{process}/net/udp").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[1].endswith(f":{port:04X}"):
+            return words[4].partition(":")[2]
+    return None
+
+
 class Soak:
     """One run."""
 
@@ -253,13 +264,16 @@ class Soak:
         self.sh(f"ping -c 1 -W 60 {here}")
         self.sh(
             f"flow udp-receive {UDP[0]} >/tmp/ur & echo $! >/tmp/ur.pid\n"
-            f"flow tcp-receive {TCP[0]} >/tmp/tr & sleep 1"
+            f"flow tcp-receive {TCP[0]} >/tmp/tr &\n"
+            f"until grep -q ':{UDP[0]:04X} ' /proc/net/udp; do sleep 0.1; done"
         )
         self.receiver, self.tcp_receiver = (
             self.popen("udp-receive", str(UDP[1])),
             self.popen("tcp-receive", str(TCP[1])),
         )
-        time.sleep(1)
+        while waiting(UDP[1], self.receiver.pid) is None:
+            assert self.receiver.poll() is None, "the receiver has ended"
+            time.sleep(0.1)
         self.sender = self.popen("udp-send", there, str(UDP[0]), str(a.rate), str(a.size))
         self.tcp_sender = self.popen("tcp-send", there, str(TCP[0]), str(a.tcp_kbytes))
         self.sh(
@@ -280,11 +294,18 @@ class Soak:
         out["TCP sent to guest"] = words(self.tcp_sender.communicate(timeout=120)[0])
         self.sh("until [ -s /tmp/us ] && [ -s /tmp/ts ] && [ -s /tmp/tr ]; do sleep 0.2; done")
         out["TCP from guest"] = words(self.tcp_receiver.communicate(timeout=120)[0])
+        self.sh("ping -c 1 -W 60 192.168.100.1")  # comes after all that is in the same queue
         before = None
         while before != (before := self.stats()):
             time.sleep(1)
+        while waiting(UDP[1], self.receiver.pid) not in (None, "00000000"):
+            time.sleep(0.1)
         self.receiver.terminate()
         out["from guest"] = words(self.receiver.communicate(timeout=120)[0])
+        self.sh(
+            f"until grep ':{UDP[0]:04X} ' /proc/net/udp | grep -q ' 00000000:00000000 '; do "
+            "sleep 0.1; done"
+        )
         self.sh("kill $(cat /tmp/ur.pid); until [ -s /tmp/ur ]; do sleep 0.2; done")
         for name, file in (
             ("to guest", "ur"),
