@@ -31,7 +31,8 @@ def test_suspend(host: Host) -> None:
     with Guest(host, *args) as guest:
         for wake in WAYS:
             if wake is None:
-                guest.do(f"echo +5 >/sys/class/rtc/rtc0/wakealarm; {SLEEP}")
+                # Not before the guest is asleep, which takes seconds on a busy machine.
+                guest.do(f"echo +20 >/sys/class/rtc/rtc0/wakealarm; {SLEEP}")
             else:
                 start = len(guest.stdout)
                 guest.type(f"{SLEEP}; echo woken-$?\n")

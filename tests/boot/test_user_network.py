@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyvmm.images import find
-from tests.boot.guest import PYVMM
+from tests.boot.guest import PATIENCE, PYVMM
 from tests.strangers import let_in
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ nc.openbsd -N 10.0.2.2 {PORT} </tmp/own >/tmp/theirs
 echo tcp-right
 echo 'md5sum | head -c 32' >/tmp/serve
 busybox nc -l -p 22 -e sh /tmp/serve
+# Not before all has arrived: the guest's end takes along what is on its way.
+while grep -q ':0016 .* 0[1459] ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
 echo served
 """
 
@@ -70,7 +72,7 @@ def test_a_way_out(host: Host, tmp_path: Path, mode: str) -> None:
         [ $status != 0 ] || until grep -q forwarded {log}; do sleep 0.1; done
         cat {log}
         exit $status"""
-    done = host.run("unshare", "--mount", "sh", "-c", script)
+    done = host.run("unshare", "--mount", "sh", "-c", script, timeout=3 * PATIENCE)
     assert done.status == 0, done
     assert "tcp-right\n" in done.out and "served\n" in done.out, done
     assert "forwarded True" in done.out, done
