@@ -19,7 +19,8 @@ image: setup ## build the guest image
 demo: image ## boot a Linux guest with a virtio-net card, show what it does, leave nothing behind
 	@$(PYVMM) demo
 
-check lint bench bench-native soak soak-kills soak-share: SETUP = --tests
+check lint bench bench-native soak soak-kills: SETUP = --tests
+soak-share: SETUP = --tests --trees
 fuzz: SETUP = --fuzz
 # By two workers, file by file: what the tests of a file share, such as a guest, is made once.
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed), the quick part of intel
@@ -34,7 +35,7 @@ check-intel: image ## tests under kvm_intel on an emulated Intel processor (ARGS
 	@$(PYTEST) tests/intel --durations=0 $(ARGS)
 
 check-install: ## the README's commands in bare trees of Debian 12 and 13 (root, debootstrap)
-	@tools/setup.sh --tests --no-testbed
+	@tools/setup.sh --tests --trees --no-testbed
 	@$(PYTEST) tests/install $(ARGS)
 
 check-docs: SETUP = --tests

@@ -3,9 +3,10 @@
 # where this machine's KVM runs no Linux. Quick where all is there; needs root (or sudo without a
 # password) only for missing system packages.
 #
-#   tools/setup.sh [--tests] [--fuzz] [--testbed | --no-testbed]
+#   tools/setup.sh [--tests] [--trees] [--fuzz] [--testbed | --no-testbed]
 #
 # --tests: also what only tests, lint and bench need, the testbed among it.
+# --trees: also what makes trees of Debian, for make check-install and make soak-share.
 # --fuzz: also what only make fuzz needs: clang, atheris, and the Python packages of the tests.
 #
 # PYVMM_PYTHON chooses the interpreter of .venv (default: Debian's /usr/bin/python3).
@@ -18,12 +19,14 @@ TESTBED_PACKAGES="qemu-system-x86"
 FUZZ_PACKAGES="clang libclang-rt-dev llvm"
 TEST_PACKAGES="ethtool acpica-tools cpio util-linux procps chromium openssh-client
 zsh fish mandoc tshark"
-testbed=auto tests=no fuzz=no
+TREE_PACKAGES="debootstrap"
+testbed=auto tests=no fuzz=no trees=no
 for option in "$@"; do
 	case $option in
 	--no-testbed) testbed=no ;;
 	--testbed) testbed=yes ;;
 	--tests) tests=yes ;;
+	--trees) trees=yes ;;
 	--fuzz) fuzz=yes testbed=no ;;
 	*) printf 'setup: unknown option %s\n' "$option" >&2; exit 2 ;;
 	esac
@@ -32,6 +35,7 @@ if [ $tests = yes ]; then
 	PACKAGES="$PACKAGES $TEST_PACKAGES $TESTBED_PACKAGES"
 	[ $testbed = no ] || testbed=yes
 fi
+[ $trees = no ] || PACKAGES="$PACKAGES $TREE_PACKAGES"
 [ $fuzz = no ] || PACKAGES="$PACKAGES $FUZZ_PACKAGES"
 STAMP=.venv/.pyvmm-setup
 LOG=build/setup.log

@@ -89,7 +89,7 @@ def test_a_whole_debian(host: Host, tmp_path: Path) -> None:
     """As debootstrap makes it, with all of systemd's own services, and D-Bus."""
     tree = Path(cache_root()) / "tree" / "bookworm"
     if not tree.is_dir():
-        assert shutil.which("debootstrap") and not os.geteuid(), "as root: apt install debootstrap"
+        assert shutil.which("debootstrap") and not os.geteuid(), "as root: tools/setup.sh --trees"
         fresh = tree.with_name(f"bookworm.{os.getpid()}")
         options = ["--variant=minbase", "--include=systemd,dbus"]
         try:

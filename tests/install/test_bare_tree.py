@@ -93,7 +93,7 @@ class Tree:
 def plant(release: str, directory: Path, *packages: str) -> Tree:
     """A tree of the release with these packages and no other."""
     if os.geteuid() or not shutil.which("debootstrap"):
-        pytest.fail("as root: apt-get install debootstrap", pytrace=False)
+        pytest.fail("as root: tools/setup.sh --trees", pytrace=False)
     subprocess.run(
         [
             *("debootstrap", "--variant=minbase", f"--include={','.join(packages)}"),
