@@ -45,7 +45,7 @@ def set_up_packages() -> set[str]:
     """All that tools/setup.sh installs by a list."""
     script = (ROOT / "tools/setup.sh").read_text()
     lists = re.findall(r'(?m)^\w*PACKAGES="([^"$]+)"$', script)
-    assert len(lists) == 4
+    assert len(lists) == 5
     return {name for one in lists for name in one.split()}
 
 
