@@ -245,7 +245,11 @@ def _unrecognized(args: list[str], rest: list[str], ns: argparse.Namespace) -> U
         hint = f"put -- before the guest's command: {right}"
     else:
         known = getattr(ns, "known_options", ())
-        hint = f"{did_you_mean(rest[0], known)}see pyvmm {ns.command or ''}".rstrip() + " --help"
+        hint = f"see pyvmm {ns.command or ''}".rstrip() + " --help"
+        if rest[0] in known:
+            hint = f"options come after the command: pyvmm {ns.command} {rest[0]}; {hint}"
+        else:
+            hint = did_you_mean(rest[0], known) + hint
     return UsageError(f"unrecognized arguments: {' '.join(rest)}", hint)
 
 

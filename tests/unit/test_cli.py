@@ -39,6 +39,7 @@ BAD = {
     ("frobnicate",): "there is no command 'frobnicate'; see pyvmm --help",
     ("swtich", "vm0", "emulated"): "did you mean switch? see pyvmm --help",
     ("run", "--kernle", "x"): "--kernle; did you mean --kernel? see pyvmm run --help",
+    ("--json", "ps"): "options come after the command: pyvmm ps --json; see pyvmm ps --help",
     ("ps", "--jsno"): "did you mean --json? see pyvmm ps --help",
     ("run", "uname", "-a"): "put -- before the guest's command: pyvmm run -- uname -a",
     ("run", "--cpus", "2", "ls", "-l", "a b"): "pyvmm run --cpus 2 -- ls -l 'a b'",
