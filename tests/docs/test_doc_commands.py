@@ -48,6 +48,7 @@ REASONS = {
     ("docs/images.md", "pyvmm image build"): "downloads a kernel",
     ("docs/images.md", "I=~/.cache"): "a console of QEMU, see tests/unit/test_images.py",
     ("docs/ladder.md", "pyvmm compare"): "takes minutes per command, see test_ladder",
+    ("docs/ladder.md", "pyvmm testbed up"): "climbs for eleven minutes, in a testbed of its own",
     ("docs/ladder.md", "sudo tools/measure-here.sh"): "measures a real machine, as root",
     ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
@@ -81,6 +82,7 @@ REASONS = {
     ("docs/vhost-user.md", "sleep 600 |"): "needs DPDK, see test_dpdk",
     ("docs/vhost-user.md", "dpdk-testpmd"): "needs DPDK, see test_dpdk",
     ("docs/jail.md", "sudo pyvmm"): "needs a bridge and a kernel of somebody's",
+    ("docs/jail.md", "sudo systemd-run"): "needs systemd and a kernel of somebody's",
     ("docs/watch.md", "ssh -t -L"): "needs a machine named server",
 }
 VM0 = (
