@@ -69,16 +69,23 @@ REASONS = {
     ("docs/matrix.md", "pyvmm matrix ["): "is a synopsis",
     ("docs/performance.md", "make bench"): "takes half an hour",
     ("docs/performance.md", "make bench-native"): "takes minutes, and two CPUs to itself",
+    ("docs/performance.md", "ping="): "boots an Intel testbed besides, see tests/intel",
     ("docs/performance.md", "valgrind"): "needs valgrind, which the set-up does not install",
     ("docs/pytest.md", "pytest -v"): "needs an image of another kernel, see test_plugin",
     ("docs/pytest.md", "cd docs/examples"): "needs a kernel of the reader's, see test_ci",
     ("docs/report.md", "pyvmm run --report"): "needs jq, which the set-up does not install",
+    ("docs/run.md", "pyvmm run --net vhost-net,bridge"): "needs a bridge with a DHCP server",
+    ("docs/run.md", "pyvmm run --net vhost-net,macvtap"): "needs a network with a DHCP server",
     ("docs/run.md", "pyvmm run"): "is typed at a console, see test_console",
     ("docs/test-kernels.md", "pyvmm test --config"): "needs a checkout of kvm-unit-tests",
+    ("docs/testbed.md", "pyvmm testbed setup --cpu intel"): "boots an Intel testbed besides",
+    ("docs/testbed.md", "mkdir out"): "needs an Intel testbed, see tests/intel",
+    ("docs/testbed.md", "pyvmm testbed --host ssh"): "needs a machine named box",
     ("docs/testbed.md", "pyvmm testbed up"): "would stop the testbed of this session",
     ("docs/vhost-user.md", "DIR=$(mktemp -d)"): "needs a KVM here that runs Linux",
     ("docs/vhost-vdpa.md", "pyvmm"): "needs a testbed with Linux 6.12, see test_vdpa",
     ("docs/vhost-vdpa.md", "modprobe"): "needs Linux 6.12, see test_vdpa",
+    ("docs/vhost-user.md", "pyvmm backend --socket $DIR/a"): "is an outline, of two hosts",
     ("docs/vhost-user.md", "sleep 600 |"): "needs DPDK, see test_dpdk",
     ("docs/vhost-user.md", "dpdk-testpmd"): "needs DPDK, see test_dpdk",
     ("docs/jail.md", "sudo pyvmm"): "needs a bridge and a kernel of somebody's",
@@ -236,8 +243,9 @@ class Shell:
 def directory(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages say that the reader has: the checkout's files, a program, a kernel."""
     place = tmp_path_factory.mktemp("reader")
-    for name in ("guest", "docs"):
+    for name in ("guest", "docs", "tools"):
         (place / name).symlink_to(ROOT / name)
+    (place / ".venv").symlink_to(sys.prefix)
     (place / "mytest.c").write_text(
         '#include <stdio.h>\nint main(void) { puts("hello from my program"); return 0; }\n'
     )
