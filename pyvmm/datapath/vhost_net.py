@@ -211,9 +211,8 @@ class VhostNet(OnUplink):
         self._devices[ring.index // 2].set_backend(ring.index % 2, -1)
 
     def _let_go(self, ring: Vring, bases: list[int]) -> None:
-        number, way = divmod(ring.index, 2)
         bases.append(self._position(ring))
-        self._devices[number].clear_ring(way)
+        self._devices[ring.index // 2].clear_ring(ring.index % 2)
 
     def _position(self, ring: Vring) -> int:
         """Where a stopped ring goes on. The worker forgets frames that a deleted tap refuses: it
@@ -328,8 +327,7 @@ class VhostNet(OnUplink):
 
     def _halt_all(self) -> None:
         for ring in self._rings:
-            if ring.index not in self._held:
-                self._devices[ring.index // 2].set_backend(ring.index % 2, -1)
+            self._halt(ring, [])
 
     def _let_go_of_tap(self) -> None:
         """Halt the rings where they can go on; what the old tap has refused is no error."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PYVMM = [sys.executable, "-m", "pyvmm"]
 #: Far beyond what anything here takes: the testbed is slow, and its machine may be busy.
 PATIENCE = 180.0
+#: ``tests/boot/echo.py``, whose arguments follow.
+ECHO = (sys.executable, "-I", "-S", str(Path(__file__).with_name("echo.py")))
 
 LEFTOVERS = """
 grep -al '[-]m.pyvmm.run' /proc/[0-9]*/cmdline
@@ -366,8 +368,7 @@ def pings(address: str, count: int = 3, options: str = "") -> str:
 def check_ping(guest: Guest, nic: int = 0, *, size: int = 56) -> None:
     """Ping both ways; every request answered."""
     guest.do(pings(nic_address(nic, "host"), options=f"-s {size}"))
-    echo = [sys.executable, "-I", "-S", str(Path(__file__).with_name("echo.py"))]
-    result = guest.host_run(nic, *echo, nic_address(nic, "guest"), "3", str(size))
+    result = guest.host_run(nic, *ECHO, nic_address(nic, "guest"), "3", str(size))
     assert result.status == 0, result
 
 

@@ -20,7 +20,7 @@ from pyvmm import Machine, Net
 from pyvmm.card.nic import Nic
 from pyvmm.errors import GuestTimeout
 from pyvmm.images import find
-from tests.boot.guest import PATIENCE, pings
+from tests.boot.guest import ECHO, PATIENCE, pings
 from tests.descriptors import open_fds
 
 #: One data path after another.
@@ -140,8 +140,7 @@ def main() -> int:
         assert first.guest and first.namespace
         target = first.guest.partition("/")[0]
         # At SIGINT, ping(8) would not wait for the echoes that are on their way.
-        echo = [sys.executable, "-I", "-S", str(Path(__file__).with_name("echo.py"))]
-        ping = first.namespace.popen([*echo, target, "0", "56"], stdout=log)
+        ping = first.namespace.popen([*ECHO, target, "0", "56"], stdout=log)
         try:
             rounds(vm, int(sys.argv[1]))
         finally:

@@ -93,10 +93,10 @@ def test_what_counts_can_count(host: Host, flow: str) -> None:
     """Lost, repeated and late datagrams, all are told."""
     receiver = subprocess.Popen([flow, "udp-receive", "9009"], stdout=subprocess.PIPE, text=True)
     with receiver, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        host.wait_until(lambda: waiting(9009) is not None, "no receiver")
+        host.wait_until(lambda: waiting(9009, receiver.pid) is not None, "no receiver")
         for number in (0, 1, 1, 3, 2, 6):
             s.sendto(struct.pack("<Q", number) + bytes(8), ("127.0.0.1", 9009))
-        host.wait_until(lambda: waiting(9009) == "00000000", "not read")
+        host.wait_until(lambda: waiting(9009, receiver.pid) == 0, "not read")
         receiver.terminate()
         assert receiver.stdout
         text = receiver.stdout.read()

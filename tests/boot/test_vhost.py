@@ -5,13 +5,12 @@ for a packet.
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.boot.guest import (
+    ECHO,
     PATIENCE,
     Guest,
     Run,
@@ -232,8 +231,7 @@ def test_intx_and_two_cpus(host: Host) -> None:
         guest.leave()
     with Guest(host, "--cpus", "2", "--net", "vhost-net") as guest:
         numbers = guest.do("grep virtio0- /proc/interrupts | cut -d: -f1").split()
-        echo = [sys.executable, "-I", "-S", str(Path(__file__).with_name("echo.py"))]
-        argv = [*guest.inside(0), *echo, nic_address(0, "guest"), "0", "56"]
+        argv = [*guest.inside(0), *ECHO, nic_address(0, "guest"), "0", "56"]
         floods = [host.start(*argv, timeout=3 * PATIENCE) for _ in range(4)]
         started = "until [ $(grep -vc sl /proc/net/raw) = 4 ]; do sleep 0.1; done"
         assert guest.host_run(0, "sh", "-c", started).status == 0

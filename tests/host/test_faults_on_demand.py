@@ -15,15 +15,15 @@ import pytest
 
 from pyvmm import Machine, Net
 from pyvmm.card.nic import Nic
-from pyvmm.control.client import connect
 from pyvmm.control.registry import machines
-from pyvmm.errors import MachineMissing, UsageError
+from pyvmm.errors import UsageError
 from pyvmm.exits.trace import write
 from pyvmm.explain.arrows import Diagram
 from pyvmm.explain.mermaid import mermaid
 from pyvmm.explain.page import page
 from pyvmm.explain.read import load
 from tests.driver import wait_for
+from tests.host.names import reachable
 from tests.unit.test_capture import blocks
 from tests.unit.test_explain import arrows_of, check, embedded
 
@@ -42,15 +42,6 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
     yield
     subprocess.run(["rm", "-rf", str(path)], check=True)
-
-
-def reachable(name: str) -> bool:
-    """A machine has its name before its socket, and its socket before that listens."""
-    try:
-        connect(name).close()
-    except MachineMissing:
-        return False
-    return True
 
 
 def fault(*words: str, status: int = 0) -> Any:

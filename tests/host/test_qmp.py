@@ -21,6 +21,7 @@ from pyvmm.control.client import Client, connect
 from pyvmm.control.registry import machines
 from pyvmm.datapath.base import cpu_ns
 from pyvmm.errors import ControlError, HostError, MachineMissing, UsageError
+from tests.host.names import reachable
 
 Guest = Callable[[str], str]
 PATIENCE = 60.0
@@ -460,15 +461,6 @@ def spawn(*args: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def reachable(name: str) -> bool:
-    """A machine has its name before its socket, and its socket before that listens."""
-    try:
-        connect(name).close()
-    except MachineMissing:
-        return False
-    return True
 
 
 def test_signals_end_a_paused_run(guest: Guest) -> None:

@@ -37,10 +37,7 @@ def busy(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
             qmp="auto",
         ) as vm:
             vm.start()
-            until = time.monotonic() + PATIENCE
-            while not vm.ledger().by_name().get(KICKS):
-                assert time.monotonic() < until, "the guest does not kick"
-                time.sleep(0.05)
+            assert wait_for(lambda: KICKS in vm.ledger().by_name(), PATIENCE)
             yield vm
 
 

@@ -179,14 +179,14 @@ class Elsewhere:
         self.process.wait()
 
 
-def waiting(port: int, process: int | str = "self") -> str | None:
-    """Bytes that a UDP socket in the network namespace of a process has yet to read, in
-    hexadecimal; None where there is no such socket.
+def waiting(port: int, process: int) -> int | None:
+    """Bytes that a UDP socket in the network namespace of a process has yet to read; None where
+    there is no such socket.
     """
     for line in Path(f"/proc/{process}/net/udp").read_text().splitlines()[1:]:
         words = line.split()
         if words[1].endswith(f":{port:04X}"):
-            return words[4].partition(":")[2]
+            return int(words[4].partition(":")[2], 16)
     return None
 
 
@@ -298,7 +298,7 @@ class Soak:
         before = None
         while before != (before := self.stats()):
             time.sleep(1)
-        while waiting(UDP[1], self.receiver.pid) not in (None, "00000000"):
+        while waiting(UDP[1], self.receiver.pid):
             time.sleep(0.1)
         self.receiver.terminate()
         out["from guest"] = words(self.receiver.communicate(timeout=120)[0])
