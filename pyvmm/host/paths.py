@@ -87,13 +87,21 @@ def check_tree(path: str) -> None:
             check_owner(f"{directory}/{name}")
 
 
-def _cache_path() -> str:
+def cache_name() -> str:
+    """The path of pyvmm's cache as HOME or XDG_CACHE_HOME name it, which may go through links.
+
+    :raises HostError: the home directory is not known, or not absolute.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not base.startswith("/"):  # the XDG specification: a relative path is to be ignored
         base = os.path.expanduser("~/.cache")
     if not base.startswith("/"):
         raise HostError(f"{base} is no absolute path", "set HOME")
-    return os.path.realpath(os.path.join(base, "pyvmm"))
+    return os.path.join(base, "pyvmm")
+
+
+def _cache_path() -> str:
+    return os.path.realpath(cache_name())
 
 
 def cache_trouble(e: OSError) -> str:

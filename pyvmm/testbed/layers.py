@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pyvmm.errors import TestbedError
-from pyvmm.host.paths import cache_root
+from pyvmm.host.paths import cache_name, cache_root
 from pyvmm.images.additions import Additions
 from pyvmm.images.cpio import Archive, HostFile
 from pyvmm.images.elf import LIBRARY_DIRS, libraries
@@ -56,6 +56,8 @@ IMAGE_FILES = ("vmlinux", "initrd", "image.json")
 IMAGES = ("default", "tiny")
 #: Directories of a merged /usr: links, so that a program is found by both of its names.
 MERGED = ("bin", "sbin", "lib", "lib64")
+#: As many symbolic links does Linux follow in a path (path_resolution(7)).
+LINKS = 40
 #: glibc, its dynamic linker, and what it loads when a thread is cancelled.
 GLIBC = ("libc.so.6", "ld-linux-x86-64.so.2", "libgcc_s.so.1")
 
@@ -89,7 +91,8 @@ def archives(
 
     :param kernel: of an L1 that boots; None for one that shares its kernel with another machine.
     :param add: what the user adds, each as ``FILE|DIR[:PATH]``.
-    :param directories: directories that exist in L1, empty if nothing travels in them.
+    :param directories: directories that exist in L1, empty if nothing travels in them. By whatever
+        links this machine gets there, L1 does.
     :param top: the path of the top layer, a file that is written.
     :raises PyvmmError: something is missing, or a file cannot be read.
     """
@@ -97,8 +100,8 @@ def archives(
     archive = Archive()
     for path in ("/tmp", "/var/tmp"):
         archive.directory(path, 0o1777)
-    for path in directories:
-        archive.directory(_place(path))
+    for path in (*directories, cache_name()):
+        _reach(archive, path)
     _images(archive)
     write(archive, top)
     beneath.append(top)
@@ -116,7 +119,7 @@ def later(add: Sequence[str], directories: Iterable[str], path: str) -> None:
     """
     archive = _added(add, lower(None, lambda line: None), lambda line: None)
     for directory in directories:
-        archive.directory(_place(directory))
+        _reach(archive, directory)
     write(archive, path)
 
 
@@ -216,6 +219,28 @@ def _place(path: str) -> str:
     """A path in L1, whose /usr is merged."""
     first, slash, rest = path.lstrip("/").partition("/")
     return f"/usr/{first}/{rest}" if slash and first in MERGED else path
+
+
+def _reach(archive: Archive, path: str) -> None:
+    """A directory, and the symbolic links by which this machine gets there: files travel to where
+    they really are, and commands name them as the user does.
+    """
+    at, todo, links = "/", path.split("/"), 0
+    while todo:
+        step = os.path.normpath(os.path.join(at, todo.pop(0)))
+        if not os.path.islink(step) or step.lstrip("/") in MERGED:
+            at = step
+            continue
+        links += 1
+        if links > LINKS:  # a loop: nobody gets there
+            return
+        target = os.readlink(step)
+        archive.symlink(_place(step), target)
+        at = "/" if target.startswith("/") else at
+        todo = [*target.split("/"), *todo]
+    place = _place(at)
+    if place.strip("/") not in ("", *MERGED, *archive.entries):
+        archive.directory(place)
 
 
 # --- the layers -----------------------------------------------------------------------------------

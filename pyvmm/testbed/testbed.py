@@ -490,12 +490,12 @@ class Testbed:
             status = session.wait(timeout, progress=self.progress)
             return Result(status, bytes(session.output[p.STDOUT]), bytes(session.output[p.STDERR]))
 
-    def give(self, paths: Sequence[str]) -> None:
+    def give(self, paths: Mapping[str, str]) -> None:
         """Let files travel into a testbed that is up on another machine, to the paths that they
         have here. The working directory is made there, too.
 
-        :param paths: absolute; of files and directories. If there is none, its directory is made
-            there.
+        :param paths: of files and directories: for each absolute path, by which it is to be found
+            there, the same without links. If there is no such file, its directory is made there.
         :raises PyvmmError: something cannot be read, or does not arrive.
         """
         import tempfile
@@ -503,8 +503,10 @@ class Testbed:
         from pyvmm.testbed import layers
 
         with tempfile.TemporaryDirectory() as work:
-            have = [path for path in paths if os.path.exists(path)]
-            layers.later(have, [os.getcwd(), *map(os.path.dirname, paths)], f"{work}/given")
+            real = dict.fromkeys(paths.values())
+            have = [path for path in real if os.path.exists(path)]
+            directories = [p if os.path.isdir(p) else os.path.dirname(p) for p in (*real, *paths)]
+            layers.later(have, [os.getcwd(), *directories], f"{work}/given")
             with open(f"{work}/given", "rb") as f:
                 given = f.read()
         done = self._collect(["cpio", "-i", "-d", "-u"], "/", {"PATH": os.defpath}, given)

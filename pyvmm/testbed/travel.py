@@ -96,28 +96,30 @@ def values(argv: Sequence[str], options: Container[str]) -> list[str]:
     return found
 
 
-def named(texts: Sequence[str]) -> list[str]:
-    """The paths that values of options may name: absolute, without links. Each has a parent
-    directory; it need not exist itself, but nothing else than files and directories travels.
+def named(texts: Sequence[str]) -> dict[str, str]:
+    """The paths that values of options may name: for each, made absolute, the same without links.
+    Each has a parent directory; it need not exist itself, but nothing else than files and
+    directories travels.
     """
     pieces = list(texts)
     for word in texts:  # as in PATH,format=raw, FILE:/PATH, DIR:rw
         parts = [part for text in word.split(",") for part in text.split("=")]
         pieces += [*parts, *(part.rpartition(":/")[0] for part in parts)]
         pieces += [part.removesuffix(":rw").removesuffix(":ro") for part in parts]
-    found = []
+    found = {}
     for piece in pieces:
         if not piece or piece.startswith("-") or "\0" in piece or "://" in piece:
             continue
-        parent, name = os.path.split(os.path.abspath(piece))
+        written = os.path.abspath(piece)
+        parent, name = os.path.split(written)
         path = os.path.join(os.path.realpath(parent), name)
         if os.path.isdir(path):
             path = os.path.realpath(path)
         elif os.path.exists(path) and not os.path.isfile(path):
             continue  # /dev/null, a FIFO
         if name and path != "/" and os.path.isdir(os.path.dirname(path)):
-            found.append(path)
-    return list(dict.fromkeys(found))
+            found[written] = path
+    return found
 
 
 def unpack(packed: bytes, directories: Sequence[str]) -> list[str]:

@@ -279,8 +279,9 @@ def test_commands_take_their_files_along(box: Testbed, guest: object, tmp_path: 
     assert status == 0 and "PASS hello" in out, err
     assert json.loads((tmp_path / "out.json").read_text())["summary"]["passed"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hello.elf", "out.json", "x.xml"]
-    words = ["run", "--host", "ssh://box", "--kernel=hello.elf", "--net=none", "--report=r.json"]
-    status, out, err = pyvmm(*words, cwd=tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)  # they are found by whatever name the user gives
+    words = ["run", "--host", "ssh://box", "--net=none", "--report=r.json"]
+    status, out, err = pyvmm(*words, f"--kernel={tmp_path}/link/hello.elf", cwd=tmp_path)
     assert status == 0 and "hello" in out and json.loads((tmp_path / "r.json").read_text()), err
 
 

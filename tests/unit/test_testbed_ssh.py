@@ -16,6 +16,7 @@ import pytest
 
 from pyvmm.cli.support.options import add_host
 from pyvmm.errors import TestbedError
+from pyvmm.images.cpio import Listing
 from pyvmm.testbed import layers, ssh, travel
 from pyvmm.testbed import protocol as p
 from pyvmm.testbed.testbed import Testbed, emulated
@@ -72,12 +73,14 @@ def test_the_paths_that_words_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "--junit", "j", "--qmp", "ssh://box/x", "--root", "/", "--add=", "ls", "d/command",
             "--", "d/secret"]  # fmt: skip
     read = travel.named(travel.values(argv, travel.READ))
-    assert {str(tmp_path / name) for name in ("k.elf", "d/img", "d/f", "d")} <= set(read)
+    real = {"k.elf": "k.elf", "d/img": "d/img", "link/f": "d/f", "link": "d"}
+    assert {
+        f"{tmp_path}/{name}": f"{tmp_path}/{real[name]}" for name in real
+    }.items() <= read.items()
     for other in ("/", str(tmp_path), f"{tmp_path}/d/secret", f"{tmp_path}/d/command"):
         assert other not in read
-    assert len(read) == len(set(read))
     # What is only read must not come back.
-    assert travel.named(travel.values(argv, travel.WRITTEN)) == [f"{tmp_path}/j"]
+    assert travel.named(travel.values(argv, travel.WRITTEN)) == {f"{tmp_path}/j": f"{tmp_path}/j"}
     kernels = travel.values(["matrix", "--kernels", "a", "b,c", "--seconds", "0"], travel.READ)
     assert kernels == ["a", "b,c"]
 
@@ -194,3 +197,31 @@ def test_figures_of_a_real_machine_are_none_of_an_emulated_one(
 def test_layers_without_a_kernel() -> None:
     made = layers._agent().paths()
     assert "/run/pyvmm/agent.pyc" in made and "/run/pyvmm/loaded" in made and "/init" not in made
+
+
+def test_the_links_by_which_files_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative, absolute, one behind another, and a home and a cache that are links; a loop leads
+    nowhere, and /bin is a link there already.
+    """
+    (tmp_path / "data/her").mkdir(parents=True)
+    (tmp_path / "far/cache").mkdir(parents=True)
+    (tmp_path / "home").symlink_to("data")
+    (tmp_path / "again").symlink_to(tmp_path / "home/her")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "data/her/.cache").symlink_to("../../far/cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home/her"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    names = [f"{tmp_path}/again", f"{tmp_path}/home/her", f"{tmp_path}/loop/x", "/bin", "/"]
+    monkeypatch.setattr(layers, "lower", lambda kernel, progress: [])
+    made = layers.archives(None, [], names, str(tmp_path / "top"), print)
+    assert made == [str(tmp_path / "top")]
+    listing = Listing()
+    listing.add(made[0])
+    for name in ("again", "home/her", "home/her/.cache/pyvmm", "data/her"):
+        assert listing.has(listing.resolve(f"{tmp_path}/{name}".lstrip("/")))
+    real = str(tmp_path).lstrip("/")
+    assert listing.resolve(f"{real}/home/her/.cache/pyvmm") == f"{real}/far/cache/pyvmm"
+    assert listing.resolve(f"{real}/again") == f"{real}/data/her"
+    assert not listing.has("bin")

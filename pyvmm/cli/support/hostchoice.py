@@ -140,5 +140,5 @@ def _by_ssh(
         read += [word for word in argv[1:] if os.path.isfile(word)]  # noqa: PTH113
     back = named([*values(argv, WRITTEN), *results])
     with testbed:
-        testbed.give(list(dict.fromkeys([*named(read), *back])))
-        return testbed.run_attached(module("pyvmm", *argv), returns=back)
+        testbed.give({**named(read), **back})
+        return testbed.run_attached(module("pyvmm", *argv), returns=list(back.values()))
