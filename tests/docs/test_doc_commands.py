@@ -13,6 +13,7 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import NamedTuple
 
 import pytest
 
-from pyvmm.control.registry import machines
 from pyvmm.images import find
 from tests.boot.guest import PATIENCE, Host
 
@@ -260,15 +260,24 @@ def directory(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shell(host: Host, directory: Path) -> Iterator[Shell]:
-    taken = [entry.name for entry in machines() if entry.name == "vm0"]
-    assert not taken, "a machine named vm0 runs here, which the pages' commands would end"
+    # The reader's machines are others than those that run here, but the testbed is this one.
+    with tempfile.TemporaryDirectory(prefix="reader-") as runtime:
+        (Path(runtime) / "pyvmm").mkdir(0o700)
+        (Path(runtime) / "pyvmm" / Path(host.testbed.dir).name).symlink_to(host.testbed.dir)
+        yield from shell_in(host, directory, runtime)
+
+
+def shell_in(host: Host, directory: Path, runtime: str) -> Iterator[Shell]:
     env = {**os.environ, "PYVMM_TESTBED": host.testbed.name, "HOME": str(directory / "home")}
+    env["XDG_RUNTIME_DIR"] = runtime
     env.pop("PYVMM_CONFIG", None)  # a page shows the reader's own
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     shell = Shell(directory, env)
     try:
         yield shell
         shell.do("pyvmm quit --host testbed vm0 2>/dev/null")
+        left = shell.do("pyvmm ps --host local")[1]
+        assert len(left.strip().splitlines()) <= 1, f"the block has left a machine: {left}"
     finally:
         shell.close()
 
