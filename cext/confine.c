@@ -351,6 +351,8 @@ static const uint16_t process_calls[] = {
 	SYS_sched_yield, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sigaltstack,
 	SYS_restart_syscall, SYS_clock_gettime, SYS_clock_nanosleep, SYS_timer_create,
 	SYS_timer_settime, SYS_timer_delete, SYS_getrandom, SYS_exit, SYS_exit_group,
+	/* of any thread: where its stack ends (pthread_getattr_np), as Python 3.14 wants to know */
+	SYS_sched_getaffinity,
 };
 /* clang-format on */
 /* Refused without harm: fstat() of older C libraries, and whoever looks for files or limits. */
@@ -545,7 +547,6 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 	n = allow_if(f, n, SYS_prctl, BPF_JGT, PR_SET_PDEATHSIG);
 	/* Only of this process. */
 	n = allow_if(f, n, SYS_sched_setaffinity, BPF_JEQ, 0);
-	n = allow_if(f, n, SYS_sched_getaffinity, BPF_JEQ, 0);
 	n = allow_if(f, n, SYS_tgkill, BPF_JEQ, (uint32_t)getpid());
 	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
 	error = filter_install(f, n, SECCOMP_FILTER_FLAG_TSYNC);
@@ -804,6 +805,8 @@ static const uint16_t vcpu_calls[] = {
 	SYS_timer_create, SYS_timer_settime, SYS_timer_delete,
 	/* objects of Python's that are freed in whichever thread: of children that have ended */
 	SYS_wait4, SYS_waitid,
+	/* how many processors there are, for heaps; see process_calls */
+	SYS_sched_getaffinity,
 };
 /* Refused without harm: what looks at files by their names, as fstat() of older C libraries. */
 static const uint16_t vcpu_refused[] = {
@@ -1057,7 +1060,6 @@ static int confine_calls(struct sock_filter *f, size_t n, int event, int status,
 	/* Of this process only. A VMM also pins the kernel's threads, by its list. */
 	n = trap_unless(f, n, SYS_prlimit64, BPF_JEQ, 0);
 	n = trap_unless(f, n, SYS_sched_setaffinity, BPF_JEQ, 0);
-	n = trap_unless(f, n, SYS_sched_getaffinity, BPF_JEQ, 0);
 	/* The name of a thread, and PR_SET_NO_NEW_PRIVS before a thread's own filter. */
 	n = trap_unless(f, n, SYS_prctl, BPF_JGE, PR_SET_NAME);
 	f[n++] = answer(SECCOMP_RET_TRAP);
@@ -1186,8 +1188,6 @@ int pv_confine_vcpu(void)
 	n = allow_without(f, n, SYS_mprotect, PROT_EXEC);
 	/* To kick the other vCPUs, and to give the thread its name. */
 	n = trap_unless(f, n, SYS_tgkill, BPF_JEQ, (uint32_t)getpid());
-	/* The C library asks how many processors there are, for its heaps. */
-	n = trap_unless(f, n, SYS_sched_getaffinity, BPF_JEQ, 0);
 	/* The C library may want to name memory, too (PR_SET_VMA). */
 	n = allow_of(f, n, SYS_prctl, names, sizeof(names) / sizeof(names[0]),
 		     SECCOMP_RET_ERRNO | EINVAL);

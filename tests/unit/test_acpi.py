@@ -133,10 +133,15 @@ def test_iasl_takes_the_tables(memory: GuestMemory, tmp_path: Path, ecam: bool) 
     assert ("PNP0C02" in source) == ecam
     assert ("LNRO0005" in source) == ecam
     if ecam:
+        # Version 20260408 of iasl shows bytes for any resources, its own among them.
         window = source[source.index("LNRO0005") :]
-        assert "0xFEB00000,         // Address Base" in window
-        assert "Interrupt (ResourceConsumer, Level, ActiveLow, Shared" in window
-        assert "0x0000000B," in window
+        if "ResourceTemplate" in source:
+            assert "0xFEB00000,         // Address Base" in window
+            assert "Interrupt (ResourceConsumer, Level, ActiveLow, Shared" in window
+            assert "0x0000000B," in window
+        else:
+            assert "0x86, 0x09, 0x00, 0x01, 0x00, 0x00, 0xB0, 0xFE," in window
+            assert "0x00, 0x10, 0x00, 0x00, 0x89, 0x06, 0x00, 0x0D," in window
     for name in ("FACP", "APIC"):
         assert "Invalid" not in (tmp_path / f"{name}.dsl").read_text()
 

@@ -1100,9 +1100,10 @@ def test_a_kick_is_overlooked_for_a_while() -> None:
             begin = time.monotonic()
             rig.driver.send(frame(i))
             assert came(rig, 1) == [frame(i)]
-            # The worker may have seen the frame before it slept, and so without the kick.
-            if counts(rig).get("tx_fault_hold_kick", 0) > before:
-                assert time.monotonic() - begin >= 0.2
+            took = time.monotonic() - begin
+            # The worker may have seen the frame before it slept, and so without the kick, which is
+            # held all the same when it comes.
+            if took >= 0.2 and counts(rig).get("tx_fault_hold_kick", 0) > before:
                 return
         pytest.fail("no kick was held")
 

@@ -90,7 +90,7 @@ def inside(ns: Namespace, source: str, **kw: Any) -> subprocess.Popen[str]:
     code = "import sys, os, time\nfrom pyvmm.hostnet.tap import Tap, Interface\n"
     code += "from pyvmm.errors import *\n"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    argv = [sys.executable, "-c", code + textwrap.dedent(source)]
+    argv = [sys.executable, "-u", "-c", code + textwrap.dedent(source)]
     return ns.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=env, **kw)
 
 

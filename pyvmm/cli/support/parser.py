@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from argparse import (
     SUPPRESS,
@@ -93,6 +94,20 @@ class Formatter(RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_width())
+
+    def _format_usage(self, *args: Any) -> str:
+        """From Python 3.13 on, argparse keeps the words of a positional argument in one line,
+        however narrow that is.
+        """
+        text: str = super()._format_usage(*args)
+        if max(map(len, text.splitlines())) <= self._width:
+            return text
+        lines, indent = [""], " " * len("usage: ")
+        for part in re.findall(r"\[.*?\]+(?=\s|$)|\(.*?\)+(?=\s|$)|\S+", text):
+            if len(lines[-1]) + len(part) > self._width:
+                lines.append(indent)
+            lines[-1] += f"{part} "
+        return "\n".join(line.rstrip() for line in lines) + "\n\n"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """The description; argparse calls it with the formatter's width."""
