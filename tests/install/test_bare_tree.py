@@ -129,7 +129,7 @@ def test_the_demo(tmp_path: Path, release: str) -> None:
 
 @pytest.fixture(scope="module")
 def goods(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the wheel of a clean clone, a test kernel, and the README's test."""
+    """A directory with the wheel of a clean clone, test kernels, and the README's test."""
     place = tmp_path_factory.mktemp("goods")
     clone = place.with_name("clone")
     subprocess.run(
@@ -138,7 +138,8 @@ def goods(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(place)]
     subprocess.run([*wheel, str(clone)], check=True)
     subprocess.run(["make", "-s", "-C", str(clone / "guest")], check=True)
-    shutil.copy(clone / "guest/build/hello.elf", place)
+    for name in ("hello.elf", "pcinet.elf"):
+        shutil.copy(clone / "guest/build" / name, place)
     (test,) = re.findall(
         r"(?s)```python\n(import pytest\n.*?)```", (ROOT / "README.md").read_text()
     )
@@ -208,13 +209,19 @@ def pythons() -> dict[str, str]:
     return found
 
 
-#: What one wheel has to do under each Python: the extension, KVM, argparse's and pytest's hooks.
+#: What one wheel has to do under each Python: the extension, KVM, argparse's and pytest's hooks;
+#: and the sandboxes of machine and back-end, which have to allow what this Python asks for.
 TRY = """
 cd /; "$1" -m venv "$2/env"; export PATH="$2/env/bin:$PATH"
 pip install -q "$(echo "$3"/*.whl)[pytest]"
 pyvmm --version; pyvmm doctor --json >"$2/doctor.json" || [ $? -le 3 ]
 pyvmm run --help >/dev/null; pyvmm completion fish >/dev/null
-if [ -e /dev/kvm ]; then pyvmm test --host local "$3/hello.elf"; fi
+if [ -e /dev/kvm ]; then
+    pyvmm test --host local "$3/hello.elf"
+    for mode in emulated vhost-user; do
+        pyvmm run --host local --sandbox on --net $mode --kernel "$3/pcinet.elf" --append count=4
+    done
+fi
 pytest -p no:cacheprovider --markers | grep -A1 pyvmm
 python -W error -c 'import pyvmm.cli.run, pyvmm.testing.plugin'
 """
