@@ -204,7 +204,34 @@ class Helper(Closing):
             _current = None
 
 
+class _Nobody(Helper):
+    """In the place of a helper: refuses every operation once it is sealed."""
+
+    def __init__(self) -> None:
+        self.pid, self.sealed = 0, False
+        self._permitted = []
+
+    def owns(self, number: int) -> bool:
+        return False
+
+    def ask(self, words: Sequence[str], fds: Sequence[int] = ()) -> Result:
+        if words[0] not in ("permit", "seal"):
+            raise UsageError(
+                f"a process without a helper cannot do {words[0]!r} once it is confined",
+                "start the machine with --sandbox off",
+            )
+        return [], []
+
+
 _current: Helper | None = None
+
+
+def do_without() -> None:
+    """Have no helper in this process, for good: ``seal`` leaves it nothing that a helper does. For
+    a machine that has neither cards nor other devices with back-ends, and never starts over.
+    """
+    global _current
+    _current = _Nobody()
 
 
 def current() -> Helper | None:
@@ -429,20 +456,29 @@ class _Rules:
             )
 
 
-def _serve(channel: _socket.socket) -> None:
-    """The helper's life: do what is asked, until the VMM closes its end."""
+def withdraw(name: bytes) -> None:
+    """Be a process behind the one from which this was forked: without the signals that are for the
+    user's command, and without standard input and output.
+
+    :param name: for ``ps``; at most 15 bytes.
+    """
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are for the VMM, which ends this process
+        signal.signal(number, signal.SIG_IGN)  # they are for the command, which ends this process
     os.setsid()
-    lib.pv_thread_name(b"pyvmm-helper")
+    lib.pv_thread_name(name)
     try:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # then no machine can be made, which the VMM will say
+    except OSError:  # then no machine can be made, which the command will say
         null = os.eventfd(0)
     for fd in (0, 1):
         os.dup2(null, fd)  # nobody waits for the end of the output because of this process
     os.close(null)
+
+
+def _serve(channel: _socket.socket) -> None:
+    """The helper's life: do what is asked, until the VMM closes its end."""
+    withdraw(b"pyvmm-helper")
     rules, parent = _Rules(), os.getppid()
     while _serve_one(channel, rules, parent):
         pass

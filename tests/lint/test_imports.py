@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"errors", "fd", "programs", "spec", "threads", "__version__"},
-    {"memory", "kvm", "hostnet", "outcome", "vhostuser", "helper"},
+    {"apart", "memory", "kvm", "hostnet", "outcome", "vhostuser", "helper"},
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},
     {
@@ -48,6 +48,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 EXTENSION = (
+    "apart",
     "bus",
     "capture.bpf",
     "capture.session",
