@@ -67,8 +67,6 @@ STATUS = re.compile(rb"-?[0-9]{1,3}")
 DAY_MS = 86_400_000.0
 #: Seconds that the command has to end by itself after a second signal, which ends it at once.
 LATE = 2.0
-#: A verdict on a busy host may take so many times ``sandbox.ORDERLY_S`` (``cli.support.watchdog``).
-JUDGING = 12
 #: Two signals within this many seconds may be one request (``cli.support.signals``).
 TWICE_SECONDS = 0.25
 
@@ -337,13 +335,6 @@ class Cell(Closing):
         self._stack.close()
 
 
-def longest(timeout: float) -> float:
-    """The seconds that a run with this time-out may take: with a start, an orderly end, and a
-    verdict on a busy host.
-    """
-    return timeout + (2 + JUDGING) * sandbox.ORDERLY_S
-
-
 class _Patience:
     """How long the process outside waits for the command to end by itself: for ever, unless it was
     told to end.
@@ -355,7 +346,7 @@ class _Patience:
         self._until = math.inf
         self._signalled = math.inf  # when the first signal came
         if timeout is not None:
-            self.at_most(longest(timeout))
+            self.at_most(sandbox.longest(timeout))
 
     def at_most(self, seconds: float) -> None:
         self._until = min(self._until, time.monotonic() + seconds)

@@ -13,6 +13,8 @@ OVERHEAD = 96 << 20
 TASKS = 24
 #: The same, per card: workers, the thread that speaks for the card, a back-end.
 TASKS_PER_CARD = 16
+#: Bytes, and processes and threads, of each machine's process (``apart``) beyond the first.
+OVERHEAD_PER_MACHINE, TASKS_PER_MACHINE = 12 << 20, 10
 PIDS_MAX = 4 << 20  # PID_MAX_LIMIT of the kernel
 CPUS_MAX = 8192
 
@@ -73,13 +75,15 @@ class Jail:
             other devices. :param machines: such machines at a time.
         :raises UsageError: a limit is too low.
         """
-        least = machines * memory + OVERHEAD
+        own = OVERHEAD + (machines - 1) * OVERHEAD_PER_MACHINE
+        least = machines * memory + own
         if self.memory and self.memory < least:
             raise UsageError(
                 f"--jail: memory={self.memory >> 20}M for {machines * memory >> 20}M of guests",
-                f"use at least {-(-least >> 20)}M: pyvmm itself takes up to {OVERHEAD >> 20}M",
+                f"use at least {-(-least >> 20)}M: pyvmm itself takes up to {own >> 20}M",
             )
-        tasks = TASKS + machines * (cpus + TASKS_PER_CARD * cards)
+        tasks = TASKS + (machines - 1) * TASKS_PER_MACHINE
+        tasks += machines * (cpus + TASKS_PER_CARD * cards)
         if self.pids and self.pids < tasks:
             raise UsageError(
                 f"--jail: pids={self.pids}: this takes up to {tasks} processes and threads",

@@ -43,6 +43,33 @@ _NO_SECCOMP = "this kernel has no filters of system calls (seccomp)"
 _confined = False  # this process, for good
 #: Seconds for an orderly end after a thread was stopped.
 ORDERLY_S = 5 if "PYVMM_IN_TESTBED" not in os.environ else 20
+#: A verdict on a busy host may take so many times ``ORDERLY_S`` (``cli.support.watchdog``).
+JUDGING = 12
+
+
+def longest(timeout: float) -> float:
+    """The seconds that a run with this time-out may take: with a start, an orderly end, and a
+    verdict on a busy host. Whoever attends the process of the run ends it then: somebody may have
+    taken it over.
+    """
+    return timeout + (2 + JUDGING) * ORDERLY_S
+
+
+def outlook(want: str) -> str:
+    """The state of ``Sandbox`` that this process can come to, in so far as the kernel has told it.
+
+    :param want: of ``CHOICES``.
+    :raises SandboxError: ``on``, and this process cannot be confined wholly.
+    """
+    if want == "off":
+        return "off"
+    why = _why_not()
+    without = "" if why else _why_no_files()
+    if want == "on" and (why or without):
+        raise SandboxError(f"--sandbox on: {why or without}", "use --sandbox auto, or off")
+    if why:
+        return f"off: {why}"
+    return f"on, but for files: {without}" if without else "on"
 
 
 class Sandbox:
@@ -57,16 +84,8 @@ class Sandbox:
         self._want, self._nets, self._devices = want, nets, devices
         self._wake: EventFd | None = None
         self._closed = False
-        why = _why_not()
-        without = "" if why else _why_no_files()
-        if want == "on" and (why or without):
-            raise SandboxError(f"--sandbox on: {why or without}", "use --sandbox auto, or off")
-        self.wanted = want != "off" and not why
-        self.state = "off"
-        if self.wanted:
-            self.state = f"on, but for files: {without}" if without else "on"
-        elif why and want == "auto":
-            self.state = f"off: {why}"
+        self.state = outlook(want)
+        self.wanted = self.state.startswith("on")
         self._own = None
         if self.wanted and helper.current() is None:
             self._own = helper.start()

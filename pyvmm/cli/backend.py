@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import sys
 
-from pyvmm.cli.support.options import count
+from pyvmm.cli.support.options import add_sandbox, count
 from pyvmm.cli.support.results import print_json
 from pyvmm.errors import HostError, ThreadStopped, UsageError
 from pyvmm.netopt import UID_MAX
@@ -95,13 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pin the first pair's worker to CPU C, the next to C+1, ...",
     )
     add("--quiet", "-q", action="store_true", help="say nothing about connections")
-    add(
-        "--sandbox",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="confine this process once its descriptors are open: on if the host can (auto); "
-        "not with --vduse",
-    )
+    add_sandbox(parser, "this process once its descriptors are open, but not with --vduse,")
     add("--counters", action="store_true", help="print the counters at the end, as JSON")
 
 

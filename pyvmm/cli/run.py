@@ -143,6 +143,7 @@ from pyvmm.cli.support.options import (
     SHARE_HELP,
     TROUBLE_KINDS,
     add_host,
+    add_sandbox,
     count,
     cpu_model,
     jail,
@@ -319,13 +320,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="path of the control socket, or none (default: in the runtime directory)",
     )
     add_host(parser, "where to run (auto)")
-    add(
-        "--sandbox",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="confine this process before the guest runs (auto: as far as the host can); see "
-        "docs/sandbox.md",
-    )
+    add_sandbox(parser, "this process before the guest runs")
     add("--jail", metavar="UID[:GID][,K=V]", type=jail, help=JAIL_HELP)
     add(
         "--verbose",

@@ -12,14 +12,18 @@ Examples:
   pyvmm test --config x86/unittests.cfg --shard 3/10 --junit part3.xml
   pyvmm test --cpu host,-x2apic,-pcid apic.elf
   pyvmm test --load-address 0x7c00 --load-mode real16 boot.bin
+  pyvmm test --sandbox on --jobs 2 theirs/*.elf
   pyvmm test --jail 5001,memory=512M,pids=64 theirs/*.elf
 
 With --config, KERNEL is the name of a test in the file. An option here applies to all tests whose
 section does not set it.
 
+Each kernel has a process of its own, which is confined unless --sandbox off is said
+(docs/sandbox.md).
+
 Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 101 a
-result could not be written, 102..104 no usable KVM, 130 Ctrl-C, 134 --jail is impossible or its
-memory ran out.
+result could not be written, 102..104 no usable KVM, 130 Ctrl-C, 132 --sandbox on is impossible, 134
+--jail is impossible or its memory ran out.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from pyvmm.cli.support.options import (
     JAIL_HELP,
     SHARD_HELP,
     add_host,
+    add_sandbox,
     count,
     cpu_model,
     jail,
@@ -48,8 +53,9 @@ from pyvmm.errors import ImageError, UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
-    from pyvmm.testing.suite import Case, Result
+    from pyvmm.testing.suite import Case, Result, Suite
 
 LAST_LINES = 20
 WORDS = {"passed": "PASS", "skipped": "SKIP"}
@@ -101,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="protected32",
         help="the processor's mode in which flat binaries start",
     )
+    add_sandbox(parser, "the process of each kernel before it runs")
     add("--jail", metavar="UID[:GID][,K=V]", type=jail, help=JAIL_HELP)
     add("--shard", metavar="K/N", type=shard, help=SHARD_HELP)
     add("--tap", action="store_true", help="TAP on stdout")
@@ -225,22 +232,32 @@ def _configured(args: argparse.Namespace) -> list[Case]:
 
 
 def _run(args: argparse.Namespace, cases: list[Case]) -> int:
-    from pyvmm.cli.support.signals import orderly
+    if args.jail is not None:
+        return _in_jail(args, cases)
 
-    def attend() -> int:
+    def body(suite: Suite) -> int:
         with Outputs({"--junit": args.junit, "--json": args.json}) as outputs:
-            return outputs.status(_attend(args, cases, outputs))
+            return outputs.status(_attend(args, cases, suite, outputs))
 
-    return orderly(attend) if args.jail is None else _in_jail(args, cases)
+    return _with_suite(args, cases, body)
+
+
+def _with_suite(args: argparse.Namespace, cases: list[Case], body: Callable[[Suite], int]) -> int:
+    """Run ``body`` with the suite of the cases, whatever signals come; returns its status."""
+    from pyvmm.cli.support.signals import orderly
+    from pyvmm.testing.suite import Suite
+
+    # The suite comes first: `orderly` starts a thread.
+    with Suite(cases, args.jobs, sandbox=args.sandbox) as suite:
+        return orderly(lambda: body(suite))
 
 
 def _in_jail(args: argparse.Namespace, cases: list[Case]) -> int:
     """Run all the cases in one jail."""
     from pyvmm.assembly import initrd_files
     from pyvmm.cli.support.jailed import run_in
-    from pyvmm.cli.support.signals import orderly
-    from pyvmm.jail import longest
     from pyvmm.memory import parse_size
+    from pyvmm.sandbox import longest
 
     files: list[str] = []
     for case in cases:
@@ -250,30 +267,34 @@ def _in_jail(args: argparse.Namespace, cases: list[Case]) -> int:
         except UsageError:
             continue  # the kernel's verdict will report it
         args.jail.check(memory, cpus=case.cpus, cards=0, machines=args.jobs)
-    # One after another.
-    timeout = sum(longest(case.timeout) for case in cases if not case.skip)
+    # One after another; then what had to be killed is told.
+    timeout = sum(longest(case.timeout) for case in cases if not case.skip) + longest(0)
     with Outputs({"--junit": args.junit, "--json": args.json}) as outputs:
 
-        def body() -> int:
+        def body(suite: Suite) -> int:
             outputs.leave_files()
-            return orderly(lambda: outputs.status(_attend(args, cases, outputs)))
+            return outputs.status(_attend(args, cases, suite, outputs))
 
-        status = run_in(args.jail, body, files=files, keep=outputs.filenos(), timeout=timeout)
+        def inside() -> int:
+            return _with_suite(args, cases, body)
+
+        status = run_in(args.jail, inside, files=files, keep=outputs.filenos(), timeout=timeout)
         return outputs.status(status)
 
 
-def _attend(args: argparse.Namespace, cases: list[Case], outputs: Outputs) -> int:
+def _attend(args: argparse.Namespace, cases: list[Case], suite: Suite, outputs: Outputs) -> int:
     """Run the cases, show each result, write the outputs; returns the exit status."""
     from pyvmm.cli.support.signals import Terminated
     from pyvmm.cli.support.verdicts import annotate
-    from pyvmm.testing.suite import Result, Suite
+    from pyvmm.testing.suite import Result
     from pyvmm.testing.verdict import Verdict
 
+    if args.verbose:
+        print(f"pyvmm: sandbox: {suite.sandbox}", file=sys.stderr)
     show = _Tap(len(cases), args) if args.tap else _Plain(len(cases), args)
     begin = time.monotonic()
     results: list[Result] = []
     ended = 0
-    suite = Suite(cases, args.jobs)
     try:
         for result in suite.run():
             results.append(result)
@@ -283,7 +304,7 @@ def _attend(args: argparse.Namespace, cases: list[Case], outputs: Outputs) -> in
                     f"pyvmm {result.verdict.kind}", f"{result.case.name}: {result.verdict.message}"
                 )
     except Terminated as e:
-        suite.stop()
+        suite.close()
         ended = 128 + e.number
         done = {id(r.case) for r in results}
         for case in cases:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     Result = Literal["passed", "failed", "skipped"]
 
 POINTS_MAX = 20000  # the most results that are taken from one console
+NAME_MAX = 1000  # characters of a name, with those of the results around it
+LEFT_OUT = "the rest is left out"
+TEXT_MAX = 1 << 20  # characters of all names and messages, of one console
 #: The time stamp of Linux, with the caller that CONFIG_PRINTK_CALLER adds.
 STAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d{6}\](?:\[ *[TC]\d+\])? ?")
 VERSION = re.compile(r"^[# ]*(?:K?TAP version \d+)\s*$")
@@ -67,7 +70,8 @@ def parse(console: bytes | bytearray) -> list[Point]:
     """Every result in the console, in order. Nested results are named ``outer/inner``, and their
     sum is left out.
 
-    After ``POINTS_MAX`` results, one failure says that the rest is left out.
+    After ``POINTS_MAX`` results or ``TEXT_MAX`` characters, one failure says that the rest is left
+    out.
 
     KTAP counts only after its version line, so that an "ok 1" which a program prints by chance is
     not a result.
@@ -91,9 +95,16 @@ def parse(console: bytes | bytearray) -> list[Point]:
     out: list[Point] = []
     for depth in sorted(levels, reverse=True):  # their parts came, and their sum never came
         out += levels[depth].points if cut else levels[depth].finished()
+    found = out + lines
+    size = 0
+    for index, point in enumerate(found):
+        size += len(point.name) + len(point.message)
+        if size > TEXT_MAX:
+            found[index:] = [Point("(results)", "failed", f"{index} are read, {LEFT_OUT}")]
+            return found
     if cut:
-        lines.append(Point("(results)", "failed", f"{POINTS_MAX} are read, the rest is left out"))
-    return out + lines
+        found.append(Point("(results)", "failed", f"{POINTS_MAX} are read, {LEFT_OUT}"))
+    return found
 
 
 def _level(levels: dict[int, _Level], depth: int) -> _Level:
@@ -114,7 +125,7 @@ def _result(levels: dict[int, _Level], match: re.Match[str]) -> None:
     level = _level(levels, depth)
     level.seen += 1
     for point in inner:
-        point.name = f"{name}/{point.name}"
+        point.name = f"{name}/{point.name}"[:NAME_MAX]
     # The sum is news only if it is worse than its parts.
     if not inner or (result == "failed" and not any(p.result == "failed" for p in inner)):
         inner.append(Point(name, result, directive))

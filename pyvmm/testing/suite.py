@@ -1,29 +1,51 @@
 """Boots test kernels, several at a time, and makes a verdict of each run.
 
-Theory of operation: worker threads take cases from a queue, boot each as a ``Machine`` with test
-devices, and give its ``Result`` to the caller's thread, which reports it. The time-out of a case
-bounds its run. ``stop`` ends the present runs and starts no more.
+Theory of operation: each kernel has a process of its own (``apart``), which makes the machine,
+confines itself (docs/sandbox.md), lets the kernel run, and sends its verdict (``answer``). The
+kernel may take that process over: so it can end badly or send anything, which is a verdict, too,
+and changes nothing for the other kernels. The time-out of a case bounds its run; if the process has
+not ended some time after it, it is killed. ``stop`` ends the present runs and starts no more.
 """
 
 from __future__ import annotations
 
-import queue
+import signal
 import threading
-import time
+from collections import deque
 
-from pyvmm.errors import ImageError, KvmForbidden, KvmMissing, KvmUnsuitable, UsageError
+from pyvmm import helper
+from pyvmm.apart import Apart, Ended
+from pyvmm.errors import ImageError, PyvmmError, ThreadStopped, UsageError
+from pyvmm.fd import Closing
 from pyvmm.machine import Machine
-from pyvmm.outcome import Outcome
-from pyvmm.testing import points
+from pyvmm.sandbox import longest, outlook
+from pyvmm.testing import answer, points
+from pyvmm.testing.answer import Answer, BadAnswer
 from pyvmm.testing.judge import entry_lines, state_lines
-from pyvmm.testing.verdict import Verdict, judge_test
+from pyvmm.testing.verdict import Verdict, judge_test, last_lines, of_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from pyvmm.apart import Send
+
 TIMEOUT = 90.0  # seconds, as in kvm-unit-tests
 MEMORY = "128M"
+#: What the machine of most test kernels needs, besides what is imported at the top: imported once,
+#: instead of by each process.
+MODULES = (
+    "fcntl",
+    *(f"pyvmm.boot.{name}" for name in ("elf", "multiboot")),
+    *(f"pyvmm.devices.{name}" for name in ("fw_cfg", "testdev")),
+    *(f"pyvmm.exits.{name}" for name in ("ledger", "phases", "report")),
+    "pyvmm.spec.fw_cfg",
+)
+#: In messages.
+OURS = "pyvmm's process for it"
+REPORT_IT = "report it: the kernel may have been in control of the process"
+#: How the handler of a stopped thread begins its line (``cext/confine.c``).
+OF_US, STOPPED = "pyvmm: ", "pyvmm: a thread of pyvmm's was stopped: "
 
 
 class Case:
@@ -61,7 +83,7 @@ class Case:
 class Result:
     """The result of a case.
 
-    :ivar seconds: from the making of the machine to its end.
+    :ivar seconds: from the start of the kernel's process to its end.
     :ivar console: the end of the kernel's output, all streams.
     :ivar report: ``Machine.report()``; None if no machine was made.
     :ivar points: the single results in the console.
@@ -97,71 +119,79 @@ class Result:
         }
 
 
-class Suite:
-    """Runs cases, and ends them.
+class Suite(Closing):
+    """Runs cases, and ends them. A context manager.
+
+    Make it before this process has threads, because it forks a process that needs none of them.
 
     :param jobs: machines at a time.
+    :param sandbox: ``auto``, ``on`` or ``off``: whether the process of each kernel is confined
+        (docs/sandbox.md). This process never is.
+    :ivar sandbox: ``on`` or ``off``, and the reason if ``auto`` cannot make it whole.
+    :raises SandboxError: ``on``, and this host cannot confine a process.
+    :raises HostError: there can be no process.
     """
 
-    def __init__(self, cases: Sequence[Case], jobs: int = 1) -> None:
-        self._todo: queue.SimpleQueue[Case] = queue.SimpleQueue()
-        for case in cases:
-            self._todo.put(case)
-        self._count = len(cases)
-        self._results: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._live: set[Machine] = set()
-        self._stopped = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"suite{i}", daemon=True)
-            for i in range(min(jobs, self._count))
-        ]
+    def __init__(self, cases: Sequence[Case], jobs: int = 1, *, sandbox: str = "auto") -> None:
+        self._cases, self._jobs, self._want = list(cases), jobs, sandbox
+        self.sandbox = outlook(sandbox)
+        for name in MODULES:
+            __import__(name)
+        self._apart = Apart(self._boot, most=answer.ANSWER_MAX, name=b"pyvmm-kernel")
 
     def run(self) -> Iterator[Result]:
         """Run the cases; yields each result as soon as it exists, in the order of the ends.
 
         :raises PyvmmError: this host cannot make any machine; all machines have been stopped.
         """
-        for thread in self._threads:
-            thread.start()
+        todo = deque(enumerate(self._cases))
         try:
-            for _ in range(self._count):
-                result = self._results.get()
-                if isinstance(result, BaseException):
-                    raise result
-                yield result
+            while (todo or self._apart.running) and not self._apart.stopped:
+                while todo and self._apart.running < self._jobs:
+                    number, case = todo.popleft()
+                    if case.skip:
+                        yield Result(case, Verdict("skipped", case.skip))
+                    else:
+                        self._apart.start(number, longest(case.timeout))
+                if self._apart.running and (ended := self._apart.wait()) is not None:
+                    yield self._result(ended)
         finally:
-            self.stop()
+            self.close()
 
     def stop(self) -> None:
-        """End the running machines and start no more; returns when no machine is left. Any thread
-        but a worker.
-        """
-        with self._lock:
-            self._stopped = True
-            live = list(self._live)
-        for machine in live:
-            machine.stop(Outcome("stopped"))
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        """End the running machines soon, and start no more. Any thread; does not wait."""
+        self._apart.stop()
 
-    def _work(self) -> None:
-        while not self._stopped:
-            try:
-                case = self._todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                self._results.put(self._boot(case))
-            except BaseException as e:
-                self._results.put(e)
-                return
+    def close(self) -> None:
+        """End the running machines; returns when none is left. A second call does nothing."""
+        self._apart.close()
 
-    def _boot(self, case: Case) -> Result:
-        if case.skip:
-            return Result(case, Verdict("skipped", case.skip))
-        begin = time.monotonic()
+    def _result(self, ended: Ended) -> Result:
+        """The result of a process that has ended. Nothing that it has sent is to be trusted."""
+        case = self._cases[ended.job]
+        said = [answer.line(text) for text in last_lines(ended.said)]
+        found = None
+        verdict = _death(case, ended, said)
+        if verdict is None:
+            try:
+                found = answer.decode(ended.data)
+                verdict = found.verdict
+            except BadAnswer as e:
+                what = f"{OURS} has sent {e} in the place of a result"
+                verdict = Verdict("host-problem", f"{what}; {REPORT_IT}")
+        verdict.details += said
+        result = Result(case, verdict)
+        result.seconds = ended.seconds
+        if found is not None:
+            result.console, result.points, result.report = found.console, found.points, found.report
+        return result
+
+    # --- in the process of a kernel ---------------------------------------------------------------
+
+    def _boot(self, number: int, send: Send) -> None:
+        """Run a case, and send the answer."""
+        case, made = self._cases[number], False
+        helper.do_without()
         try:
             with Machine(
                 case.kernel,
@@ -174,46 +204,73 @@ class Suite:
                 test_devices=True,
                 hang_timeout=case.hang_timeout,
                 cpu=case.cpu,
+                sandbox=self._want,
             ) as machine:
-                result = self._attend(case, machine)
-        except (KvmMissing, KvmForbidden, KvmUnsuitable):
-            raise
+                machine.confine()
+                send(answer.MADE)
+                made = True
+                found = _attend(case, machine)
         except (ImageError, UsageError) as e:  # the fault is in this kernel, not in the host
-            result = Result(case, Verdict("error", str(e)))
-        result.seconds = time.monotonic() - begin
-        return result
+            found = Answer(Verdict("error", str(e)))
+        except PyvmmError as e:
+            if type(e).__name__ in answer.FATAL and not made:
+                send(answer.encode_error(e))
+                return
+            found = Answer(of_error(e))
+        send(found.encode())
 
-    def _attend(self, case: Case, machine: Machine) -> Result:
-        said = bytearray()
-        lock = threading.Lock()
 
-        def sink(data: bytes) -> None:
-            with lock:
-                said.extend(data)
-                del said[: max(len(said) - (1 << 20), 0)]
+def _attend(case: Case, machine: Machine) -> Answer:
+    said = bytearray()
+    lock = threading.Lock()
 
-        for stream in (machine.console, machine.stdout, machine.stderr):
-            stream.add_sink(sink)
-        with self._lock:
-            if self._stopped:
-                return Result(case, Verdict("interrupted", "stopped before it began"))
-            self._live.add(machine)
-        try:
-            machine.start()
-            outcome = machine.wait(case.timeout)
-        finally:
-            with self._lock:
-                self._live.discard(machine)
-        verdict = judge_test(outcome)
-        if verdict.kind == "timeout":
-            silent = "" if said else ", without a word"
-            verdict.message = f"the kernel did not end in {case.timeout:g} s{silent}"
-        if not verdict.good:
-            verdict.details += entry_lines(outcome, machine.boot, bool(said))
-            verdict.details += state_lines(outcome, case.kernel)
-        result = Result(case, verdict)
+    def sink(data: bytes) -> None:
         with lock:
-            result.console = bytes(said)
-        result.points = points.parse(result.console)
-        result.report = machine.report()
-        return result
+            said.extend(data)
+            del said[: max(len(said) - answer.CONSOLE_MAX, 0)]
+
+    for stream in (machine.console, machine.stdout, machine.stderr):
+        stream.add_sink(sink)
+    machine.start()
+    outcome = machine.wait(case.timeout)
+    verdict = judge_test(outcome)
+    if verdict.kind == "timeout":
+        silent = "" if said else ", without a word"
+        verdict.message = f"the kernel did not end in {case.timeout:g} s{silent}"
+    if not verdict.good:
+        verdict.details += entry_lines(outcome, machine.boot, bool(said))
+        verdict.details += state_lines(outcome, case.kernel)
+    with lock:
+        console = bytes(said)
+    return Answer(verdict, console=console, points=points.parse(console), report=machine.report())
+
+
+def _death(case: Case, ended: Ended, said: list[str]) -> Verdict | None:
+    """The verdict if the process of a kernel has not ended by itself and in order; else None.
+
+    :param said: the end of what it has written to standard error.
+    """
+    if ended.problem:
+        return Verdict("host-problem", f"there can be no process for this kernel: {ended.problem}")
+    if ended.late:
+        over = f"the kernel did not end in {case.timeout:g} s"
+        return Verdict("timeout", f"{over}, and {OURS} had to be killed")
+    if ended.flood:
+        most = answer.ANSWER_MAX >> 20
+        return Verdict("host-problem", f"{OURS} has sent more than {most} MiB; {REPORT_IT}")
+    if ended.status in (ThreadStopped.exit_code, -signal.SIGSYS):
+        told = [text for text in said if text.startswith(STOPPED)]
+        if told:
+            said.remove(told[-1])
+            return Verdict("thread-stopped", told[-1].removeprefix(OF_US))
+        return Verdict("thread-stopped", "a thread of pyvmm's was stopped, and its process killed")
+    if ended.status < 0:
+        try:
+            name = signal.Signals(-ended.status).name
+        except ValueError:  # of real time
+            name = f"signal {-ended.status}"
+        hint = "; the host's memory may have run out" if name == "SIGKILL" else ""
+        return Verdict("host-problem", f"{OURS} was killed ({name}){hint}")
+    if ended.status:
+        return Verdict("host-problem", f"{OURS} has failed, with status {ended.status}")
+    return None

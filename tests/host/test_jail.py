@@ -692,13 +692,33 @@ def test_back_ends(guest: Guest, tmp_path: Path) -> None:
 
 
 def test_kernels(guest: Guest, tmp_path: Path) -> None:
-    """``pyvmm test`` runs all of them in one jail."""
+    """``pyvmm test`` runs all of them in one jail, each in a confined process."""
     report = tmp_path / "t.json"
     kernels = [guest(name) for name in ("hello", "smp", "exits")]
-    done = run("--jobs", "2", "--json", str(report), *kernels, command="test")
+    args = ["--jobs", "2", "--sandbox", "on", "--json", str(report), *kernels]
+    done = run(*args, command="test")
     assert done.returncode == 0, done
-    assert json.loads(report.read_text())["summary"]["passed"] == 3
+    told = json.loads(report.read_text())
+    assert told["summary"]["passed"] == 3
+    assert {test["report"]["sandbox"] for test in told["tests"]} == {"on"}
     assert ": 3 passed, 0 failed" in done.stdout
+
+
+def test_a_kernel_s_process_is_killed(guest: Guest) -> None:
+    """By its own verdict: the other kernels run, and nothing is left."""
+    options = ["--timeout", "600", "--append", "how=hang", "--jobs", "2"]
+    argv = [*PYVMM, "test", "--host", "local", *OPTION, *options, guest("reset"), guest("hello")]
+    with subprocess.Popen(
+        argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ) as outside:
+        assert outside.stdout is not None and "PASS" in outside.stdout.readline()
+        assert wait_for(lambda: vmm(outside.pid))
+        processes = below(outside.pid)
+        os.kill(vmm(outside.pid), signal.SIGKILL)
+        out, _ = outside.communicate(timeout=PATIENCE)
+    assert outside.returncode == 1 and "was killed (SIGKILL)" in out, out
+    assert ": 1 passed, 1 failed" in out
+    assert not any(Path(f"/proc/{p}").exists() for p in processes)
 
 
 @pytest.mark.parametrize(
@@ -763,6 +783,10 @@ def test_the_description() -> None:
     assert (want.uid, want.gid, want.memory) == (1000, 2000, 1 << 30)
     assert (want.millicpus, want.pids) == (1250, 100)
     assert Jail("7").gid == 7 and not Jail("7").limited
+    Jail("1,memory=1064M,pids=112").check(128 << 20, cpus=4, cards=0, machines=7)
+    for limits in ("memory=1063M", "pids=111"):
+        with pytest.raises(UsageError, match=r"use at least (1064M|112)\b"):
+            Jail(f"1,{limits}").check(128 << 20, cpus=4, cards=0, machines=7)
     for bad in (
         "",
         "-1",

@@ -261,6 +261,16 @@ def test_a_flood_of_results_is_bounded() -> None:
     assert (many[-1].name, many[-1].result) == ("(results)", "failed")
 
 
+def test_long_names_are_bounded() -> None:
+    """Each result in an outer one has its name, too, and so many times."""
+    inner = b"".join(b"    ok %d x\n" % n for n in range(10_000))
+    many = points.parse(b"TAP version 13\n" + inner + b"ok 1 " + b"y" * (1 << 19))
+    assert sum(len(p.name) for p in many) < points.TEXT_MAX + 100
+    assert max(len(p.name) for p in many) == points.NAME_MAX
+    assert (many[-1].name, many[-1].result) == ("(results)", "failed")
+    assert f"{len(many) - 1} are read" in many[-1].message
+
+
 # --- symbols --------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ def test_it_says_what_took_too_long(constant: str, seconds: float, then: str, sa
 
 def test_a_verdict_gets_much_more_time_than_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that has succeeded must not fail because the host is busy."""
-    from pyvmm import jail
+    from pyvmm import sandbox
     from pyvmm.cli.support import watchdog
     from pyvmm.cli.support.lastwords import ORDERLY_SECONDS
 
@@ -51,4 +51,4 @@ def test_a_verdict_gets_much_more_time_than_an_end(monkeypatch: pytest.MonkeyPat
     dog.judging()
     assert started == [7 + ORDERLY_SECONDS, watchdog.JUDGING_SECONDS]
     assert watchdog.JUDGING_SECONDS >= 60
-    assert jail.longest(7) == 7 + 2 * ORDERLY_SECONDS + watchdog.JUDGING_SECONDS
+    assert sandbox.longest(7) == 7 + 2 * ORDERLY_SECONDS + watchdog.JUDGING_SECONDS

@@ -151,6 +151,16 @@ def part_of(items: list[Item], which: tuple[int, int] | None) -> list[Item]:
     return items if which is None else items[which[0] - 1 :: which[1]]
 
 
+def add_sandbox(parser: argparse.ArgumentParser, what: str) -> None:
+    """The option ``--sandbox``. :param what: is confined, and when."""
+    parser.add_argument(
+        "--sandbox",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help=f"confine {what} (auto: as far as the host can); see docs/sandbox.md",
+    )
+
+
 def add_host(parser: argparse.ArgumentParser, help: str) -> None:
     """The option ``--host``."""
     option = parser.add_argument(
