@@ -99,11 +99,15 @@ class Apart(Closing):
         self._running: dict[int, _Running] = {}
         self._poll = select.poll()
         gc.freeze()  # to look at what is here by now would part the pages that processes share
+        ends: tuple[_socket.socket, ...] = ()
         try:
-            self._channel, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+            ends = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
             self._pid = os.fork()
         except OSError as e:
+            for end in ends:
+                end.close()
             raise HostError(f"cannot start a process for jobs: {e.strerror}") from e
+        self._channel, theirs = ends
         if not self._pid:
             _be_starter(theirs, body, name)
         theirs.close()
@@ -256,6 +260,7 @@ def _be_starter(channel: _socket.socket, body: Body, name: bytes) -> NoReturn:
     status = 1
     try:
         helper.withdraw(b"pyvmm-starter")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it has no statuses
         close_all_but((channel.fileno(),))
         _Starter(channel, body, name).serve()
         status = 0

@@ -123,6 +123,14 @@ def test_other_ends(body: Body, status: int, said: bytes) -> None:
     assert end.said.endswith(said) and bool(end.said) == bool(said)
 
 
+def test_a_caller_that_ignores_the_ends_of_children() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert end_of(lambda job, send: os._exit(3)).status == 3
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_words_without_end() -> None:
     """What standard error takes is limited, and a process that has more to say does not wait."""
 
@@ -194,6 +202,18 @@ def test_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         second = jobs.wait()
     assert first is not None and first.problem == os.strerror(errno.EAGAIN)
     assert second is not None and not second.problem
+
+
+def test_no_starter(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(descriptors())
+
+    def none() -> int:
+        raise BlockingIOError(errno.EAGAIN, "no more")
+
+    monkeypatch.setattr(os, "fork", none)
+    with pytest.raises(HostError, match="cannot start a process for jobs: no more"):
+        Apart(lambda job, send: None, most=MOST, name=b"apart")
+    assert set(descriptors()) == before
 
 
 def send_pid(job: int, send: Send) -> None:
