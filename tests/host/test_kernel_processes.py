@@ -34,7 +34,7 @@ def kernels(guest: Guest) -> list[str]:
 
 
 @contextlib.contextmanager
-def testing(*args: str, code: str = "", session: bool = False) -> Iterator[subprocess.Popen[str]]:
+def started(*args: str, code: str = "", session: bool = False) -> Iterator[subprocess.Popen[str]]:
     """:param code: statements that change pyvmm before."""
     with subprocess.Popen(
         [sys.executable, "-c", PYVMM.format(code), "test", "--host", "local", *args],
@@ -53,7 +53,7 @@ def testing(*args: str, code: str = "", session: bool = False) -> Iterator[subpr
 
 
 def run(*args: str, code: str = "") -> tuple[int, str, str]:
-    with testing(*args, code=code) as process:
+    with started(*args, code=code) as process:
         out, err = process.communicate(timeout=PATIENCE)
         return process.returncode, out, err
 
@@ -97,7 +97,7 @@ def test_a_thread_is_stopped(guest: Guest, tmp_path: Path, thread: str) -> None:
     """
     report = tmp_path / "r.json"
     args = ["--sandbox", "on", "--jobs", "2", "--json", str(report), *HANG]
-    with testing(*args, *kernels(guest)) as process:
+    with started(*args, *kernels(guest)) as process:
         _, pid = hanging(process)
 
         def ask() -> bool:
@@ -121,7 +121,7 @@ def test_a_thread_is_stopped(guest: Guest, tmp_path: Path, thread: str) -> None:
 def test_what_a_process_has(guest: Guest, tmp_path: Path, sandbox: str) -> None:
     """All its threads are confined, and it has no descriptor but its own."""
     args = ["--sandbox", sandbox, "--junit", str(tmp_path / "j.xml"), "--jobs", "2", *HANG]
-    with testing(*args, *kernels(guest)) as process:
+    with started(*args, *kernels(guest)) as process:
         starter, pid = hanging(process)
         assert sorted(threads(starter)) == ["pyvmm-starter"]
         own = {name: tid for name, tid in threads(pid).items() if name[:4] != "kvm-"}
@@ -150,7 +150,7 @@ def test_a_process_that_is_killed(guest: Guest, tmp_path: Path, number: signal.S
     """It is its kernel's verdict, and the next kernels run. SIGSYS is the filter's."""
     report = tmp_path / "r.json"
     args = ["--sandbox", "off", "--jobs", "2", "--json", str(report), *HANG]
-    with testing(*args, *kernels(guest)) as process:
+    with started(*args, *kernels(guest)) as process:
         _, pid = hanging(process)
         os.kill(pid, number)
         out, err = process.communicate(timeout=PATIENCE)
@@ -215,7 +215,7 @@ def test_a_hostile_process(guest: Guest, tmp_path: Path, deed: str) -> None:
 @pytest.mark.parametrize("group", [True, False])
 def test_ctrl_c(guest: Guest, group: bool) -> None:
     """Of a terminal, or of a process that knows the command alone."""
-    with testing("--jobs", "2", *HANG, *kernels(guest), session=True) as process:
+    with started("--jobs", "2", *HANG, *kernels(guest), session=True) as process:
         pids = hanging(process)
         (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE)
@@ -226,7 +226,7 @@ def test_ctrl_c(guest: Guest, group: bool) -> None:
 
 def test_a_command_that_is_killed(guest: Guest) -> None:
     """The starter and the machines end with it."""
-    with testing("--jobs", "2", *HANG, *kernels(guest)) as process:
+    with started("--jobs", "2", *HANG, *kernels(guest)) as process:
         pids = hanging(process)
         process.kill()
         process.wait()
@@ -235,7 +235,7 @@ def test_a_command_that_is_killed(guest: Guest) -> None:
 
 def test_a_starter_that_is_killed(guest: Guest) -> None:
     """One line, and no machine goes on."""
-    with testing("--jobs", "2", *HANG, *kernels(guest)) as process:
+    with started("--jobs", "2", *HANG, *kernels(guest)) as process:
         pids = hanging(process)
         os.kill(pids[0], signal.SIGKILL)
         _, err = process.communicate(timeout=PATIENCE)
