@@ -105,9 +105,9 @@ def decode(data: bytes) -> Answer:
     if not isinstance(found, dict):
         raise BadAnswer("what is no object")
     if "error" in found and not made:
-        name, *texts = _list(found["error"], str, 3)
-        if name in FATAL and len(texts) == 2:
-            raise FATAL[name](*texts)
+        name, cause, hint = _of(_list(found["error"], str, 3), 3)
+        if name in FATAL:
+            raise FATAL[name](cause, hint)
     kind, message, status, details = _of(_list(found.get("verdict"), object, 4), 4)
     if not isinstance(kind, str) or kind not in CODES:
         raise BadAnswer("an unknown verdict")

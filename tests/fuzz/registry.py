@@ -107,6 +107,7 @@ TARGETS: dict[Target, C | Python] = {
     Target("fw-cfg", "QEMU's firmware configuration device", 1, 512): Python("fw_cfg"),
     Target("agent", "guest port and command channel", 2, 1024): Python("agent"),
     Target("helper", "the helper of a VMM that somebody has taken over", 1, 1024): Python("helper"),
+    Target("answer", "what the process of a test kernel sends", 1, 1024): Python("answer"),
     Target("testbed", "client and supervisor against a hostile testbed", 1, 1024): Python(
         "testbed"
     ),
