@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from pyvmm.testing.suite import Case, Suite
 from tests.driver import wait_for
 from tests.host.test_confined import status_of, threads
 from tests.host.test_sandbox import filters
@@ -300,3 +301,20 @@ def test_a_process_imports_nothing(guest: Guest) -> None:
     )
     status, out, err = run("-v", *map(guest, ("hello", "smp-mb", "exits")), code=f"exec({code!r});")
     assert status == 0 and out.count("    set()\n") == 3, (out, err)
+
+
+def test_from_python(guest: Guest) -> None:
+    """Results come as they are there; a suite that is stopped ends without the others."""
+    cases = [
+        Case("hello", guest("hello")),
+        Case("other", guest("smp"), skip="not today"),
+        Case("reset", guest("reset"), append="how=hang", timeout=600),
+    ]
+    found = []
+    with Suite(cases, jobs=2) as suite:
+        assert suite.sandbox == "on"
+        for result in suite.run():
+            found.append((result.case.name, result.verdict.kind))
+            if len(found) == 2:
+                suite.stop()
+    assert found == [("other", "skipped"), ("hello", "passed")]

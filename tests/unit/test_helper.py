@@ -295,3 +295,27 @@ def test_bugs_are_told(made: helper.Helper) -> None:
     with pytest.raises(RuntimeError, match="ValueError"):
         made.ask(["steering", "no number"])
     made.ask(["seal"])
+
+
+def test_a_process_without_a_helper(tmp_path: Path) -> None:
+    """It does everything itself at first, and refuses everything once it is sealed."""
+    path = tmp_path / "file"
+    path.write_text("x")
+
+    def body() -> tuple[list[str], list[int]]:
+        helper.do_without()
+        assert helper.current() is not None and not helper.sealed()
+        assert not any(helper.is_channel(number) for number in range(20))
+        os.close(helper.do("open", str(path))[1][0])
+        helper.permit("open", str(path))
+        helper.permit_start(helper.BACKEND)
+        helper.seal()
+        assert helper.sealed()
+        with pytest.raises(UsageError, match="without a helper cannot do 'open' once it is conf"):
+            helper.do("open", str(path))
+        with pytest.raises(UsageError, match="cannot do 'start'"):
+            helper.start_module(helper.BACKEND, [], [])
+        os.close(helper.open_to_read(str(path)))
+        return ["done"], []
+
+    assert netns._in_child(body) == (["done"], [])
