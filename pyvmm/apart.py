@@ -179,7 +179,8 @@ class Apart(Closing):
             one.end.flood = True
             del one.data[self._most :]
             self._kill(one)
-        if not piece or one.end.flood:
+            self._poll.unregister(one.out)  # but open, or the process may end of that by itself
+        elif not piece:
             self._poll.unregister(one.out)
             os.close(one.out)
             one.out = -1
@@ -199,7 +200,7 @@ class Apart(Closing):
             raise HostError("pyvmm's starter has ended", "the host's memory may have run out")
         what, job, number = data.decode().split()
         one = self._running.pop(int(job))
-        while one.out >= 0 and len(one.data) <= self._most:
+        while one.out >= 0 and not one.end.flood:
             before = len(one.data)
             self._hear(one)
             if len(one.data) == before:
@@ -219,7 +220,8 @@ class Apart(Closing):
 
     def _release(self, one: _Running) -> None:
         if one.out >= 0:
-            self._poll.unregister(one.out)
+            if not one.end.flood:
+                self._poll.unregister(one.out)
             os.close(one.out)
         os.close(one.err)
 
