@@ -113,10 +113,11 @@ def _list(args: Namespace) -> int:
         return 0
     rows = []
     for image in found:
-        sizes = [Path(image.directory, file).stat().st_size / 1e6 for file in images.FILES[:3]]
-        text = ", ".join(
-            f"{file} {size:.1f} MB" for file, size in zip(images.FILES, sizes, strict=False)
-        )
+        # An image that has travelled into a testbed has no bzImage.
+        files = [
+            file for name in images.FILES[:3] if (file := Path(image.directory, name)).exists()
+        ]
+        text = ", ".join(f"{file.name} {file.stat().st_size / 1e6:.1f} MB" for file in files)
         rows.append((image.name, image.version, text))
     print(rows_as_text(rows, columns(), ()))
     return 0

@@ -366,6 +366,12 @@ def test_same_inputs_same_bytes(
     assert entry["name"] == "default"
     names = {i["name"].removesuffix("t64") for i in entry["inputs"]}
     assert {"iperf3", "libssl3"} <= names
+    big = Path(third.bzimage)
+    big.rename(tmp_path / "away")  # as in a testbed into which the image has travelled
+    assert main(["image", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "vmlinux" in listed and "initrd" in listed and "bzImage" not in listed
+    (tmp_path / "away").rename(big)
 
 
 def test_init_in_a_guest(default_image: Image) -> None:
