@@ -121,7 +121,7 @@ class TapFaults:
                 now = self._tc.look()
             except PyvmmError:
                 return  # the tap has gone: as counted last
-            self._state = _State(state.rules, state.past, now or state.now)
+            self._state = state.looked(now or state.now)
             if time.monotonic_ns() - self._recorded >= APART_NS:
                 self._record(state.rules)
 
@@ -162,6 +162,19 @@ class _State:
     ) -> None:
         self.rules, self.past, self.now = rules, past, now
 
+    def looked(self, now: dict[str, dict[str, int]]) -> _State:
+        """With newer counters of the same rules. The kernel throws away what waits, and counts
+        nothing, if the tap has fewer queues than before: those frames have been seen all the same.
+        """
+        past = dict(self.past)
+        for way, counted in now.items():
+            gone = _seen(self.now.get(way, {})) - _seen(counted)
+            if gone > 0:
+                for name in ("frames", "cleared"):
+                    key = f"{way}_fault_{name}"
+                    past[key] = past.get(key, 0) + gone
+        return _State(self.rules, past, now)
+
     def sum(self) -> dict[str, int]:
         """The counters."""
         total = dict(self.past)
@@ -169,9 +182,8 @@ class _State:
             rule = next((r for r in self.rules if r.ways >> WAYS.index(way) & 1), None)
             if rule is None:
                 continue
-            seen = counted["sent"] + counted["dropped"] + counted["waiting"]
             for name, n in (
-                ("frames", seen),
+                ("frames", _seen(counted)),
                 (_lost(rule), counted["dropped"]),
                 ("rate", counted["overlimits"]),
             ):
@@ -187,6 +199,11 @@ class _State:
             key = f"{way}_fault_cleared"
             past[key] = past.get(key, 0) + counted["waiting"]
         return _State(rules, past, {})
+
+
+def _seen(counted: dict[str, int]) -> int:
+    """Frames that have come to a queue, of what tc counts there."""
+    return sum(counted.get(name, 0) for name in ("sent", "dropped", "waiting"))
 
 
 def _lost(rule: FaultRule) -> str:

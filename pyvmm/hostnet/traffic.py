@@ -169,18 +169,35 @@ def control(words: list[str]) -> tuple[list[str], list[int]]:
     def inside() -> tuple[list[str], list[int]]:
         if job == "look":
             return [_look(tap)], []
-        if not shapes and not _left(tap):
+        left = _left(tap)
+        if not shapes and not left:
             return [""], []
-        _clear(tap)
         try:
-            _make(tap, shapes)
-        except BaseException:
-            with suppress(PyvmmError):  # what it could not have is what the user is told
-                _clear(tap)
-            raise
+            _clear(tap)
+            try:
+                _make(tap, shapes)
+            except BaseException:
+                with suppress(PyvmmError):  # what it could not have is what the user is told
+                    _clear(tap)
+                raise
+        except NetForbidden as e:
+            raise _forbidden(tap, left, e) from e
         return [""], []
 
     return enter_and(inside, *map(int, places)) if places else inside()
+
+
+def _forbidden(tap: str, left: list[str], error: NetForbidden) -> NetForbidden:
+    """What an ordinary user is told. :param left: see ``_left``."""
+    if left:
+        return NetForbidden(
+            f"tap {tap} still has faults on demand, and you may not take them away: {error.cause}",
+            f"as root: {'; '.join(left)}",
+        )
+    return NetForbidden(
+        f"faults on demand at tap {tap} need root: {error.cause}",
+        "run as root; or use --net emulated; or leave out tap=",
+    )
 
 
 def ifb_of(tap: str) -> str:
@@ -215,9 +232,7 @@ def _run(name: str, *argv: str, lines: str = "") -> str:
     if done.returncode:
         said = next((s for s in done.stderr.splitlines() if s.strip()), f"{done.returncode}")
         if "not permitted" in said:
-            raise NetForbidden(
-                f"{name} {' '.join(argv[:4])}: you may not", "run as root, or leave out tap="
-            )
+            raise NetForbidden(f"{name}: Operation not permitted")
         remedy = ""
         if "unknown" in said or "No such file" in said or "not supported" in said:
             remedy = "as root: modprobe -a sch_netem sch_tbf sch_ingress act_mirred cls_bpf ifb"
@@ -241,11 +256,17 @@ def _exists(interface: str) -> bool:
         return False
 
 
-def _left(tap: str) -> bool:
-    """Whether anything of ours may be there: without tc, as it seldom is. :raises OSError: there is
-    no such tap.
+def _left(tap: str) -> list[str]:
+    """The commands that take away what of ours may be there: mostly none, and found without tc.
+
+    :raises OSError: there is no such tap.
     """
-    return has_root_qdisc(if_nametoindex(tap), ROOT) or _exists(ifb_of(tap))
+    out = []
+    if has_root_qdisc(if_nametoindex(tap), ROOT):
+        out.append(f"tc qdisc del dev {tap} root")
+    if _exists(ifb_of(tap)):
+        out += [f"tc qdisc del dev {tap} ingress", f"ip link del {ifb_of(tap)}"]
+    return out
 
 
 def _root_is_ours(interface: str) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
-from socket import if_nametoindex
+from socket import AF_INET, SOCK_DGRAM, if_nametoindex, socket
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,14 +24,13 @@ from pyvmm.errors import HostError, UsageError
 from pyvmm.faultopt import of_text
 from pyvmm.hostnet import netns, traffic, userns
 from pyvmm.hostnet.rtnetlink import has_root_qdisc
+from pyvmm.hostnet.tap import Tap
 from pyvmm.hostnet.traffic import ROOT, Shape, Tc, control
 from pyvmm.kvm.recorder import Recorder
 from pyvmm.netopt import Net
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from pyvmm.hostnet.tap import Tap
 
 #: Seconds for a thread, on a busy host.
 PATIENCE = 60
@@ -178,29 +178,143 @@ def test_what_a_killed_machine_left_is_taken_away(kernel: Kernel, left: str) -> 
     assert kernel.state() == {"tap0": ["prio"]} and not kernel.ran
 
 
-def test_a_card_takes_its_tap_without_old_faults() -> None:
-    """On this kernel, in a network namespace; tbf, as netem is rarer."""
-    shape = Shape({"rate": 1_000_000, "burst": 3000, "queue": 10})
+#: What tbf does, which more kernels have than netem.
+BUCKET = {"rate": 1_000_000, "burst": 3000, "queue": 10}
 
-    def body() -> tuple[list[str], list[int]]:
+
+def on_this_kernel(body: Callable[[], list[str]], *more: str) -> list[str]:
+    """Run ``body`` as root in a network namespace with the tap ``t0``, up; skip without tc or tbf.
+
+    :param more: words for ``ip tuntap add``.
+    """
+
+    def inside() -> tuple[list[str], list[int]]:
         if os.geteuid():
             userns.become_root()
         userns.unshare(lib.CLONE_NEWNET)
         try:
-            subprocess.run(["ip", "tuntap", "add", "t0", "mode", "tap", "vnet_hdr"], check=True)
-            index = if_nametoindex("t0")
-            assert not has_root_qdisc(index, ROOT)
-            Tc("t0", None).set({"rx": shape})
-        except (OSError, HostError) as e:  # no ip, no tc, or no tbf
-            return [str(e)], []
+            shown("ip", "tuntap", "add", "t0", "mode", "tap", "vnet_hdr", *more)
+            shown("ip", "link", "set", "t0", "up")
+            Tc("t0", None).set({"rx": Shape(BUCKET)})
+            Tc("t0", None).set({})
+        except (OSError, HostError, subprocess.CalledProcessError) as e:
+            return [f"no tc or no tbf: {e}"], []
+        return ["", *body()], []
+
+    (why, *words), _ = netns._in_child(inside)
+    if why:
+        pytest.skip(why)
+    return words
+
+
+def shown(*argv: str) -> str:
+    """The output of a program."""
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_card_takes_its_tap_without_old_faults() -> None:
+    def body() -> list[str]:
+        index = if_nametoindex("t0")
+        assert not has_root_qdisc(index, ROOT)
+        Tc("t0", None).set({"rx": Shape(BUCKET)})
         assert has_root_qdisc(index, ROOT) and not has_root_qdisc(index, ROOT + 1)
         Uplink(Net.parse("emulated,tap=t0"), None).close()
         assert not has_root_qdisc(index, ROOT)
-        return [""], []
+        return []
 
-    (why,), _ = netns._in_child(body)
-    if why:
-        pytest.skip(why)
+    on_this_kernel(body)
+
+
+def test_a_tap_with_several_queues() -> None:
+    """Its own root is mq, by the kernel's choice, and comes back. One that the user has chosen is
+    the user's, and stays.
+    """
+
+    def body() -> list[str]:
+        tap = Tap("t0", queues=2)
+        before = shown("tc", "qdisc", "show", "dev", "t0")
+        Tc("t0", None).set({"rx": Shape(BUCKET)})
+        during = shown("tc", "qdisc", "show", "dev", "t0")
+        Tc("t0", None).set({})
+        after = shown("tc", "qdisc", "show", "dev", "t0")
+        shown("tc", "qdisc", "add", "dev", "t0", "root", "handle", "1:", "mq")
+        mine = shown("tc", "qdisc", "show", "dev", "t0")
+        try:
+            Tc("t0", None).set({"rx": Shape(BUCKET)})
+            refused = ""
+        except UsageError as e:
+            refused = str(e)
+        assert shown("tc", "qdisc", "show", "dev", "t0") == mine
+        tap.close()
+        return [before, during, after, refused]
+
+    before, during, after, refused = on_this_kernel(body, "multi_queue")
+    assert "qdisc mq 0: root" in before and before.count("parent :") > 1
+    assert f"qdisc tbf {ROOT:x}: root" in during and "mq" not in during
+    assert after == before
+    assert refused == "t0 has a qdisc of somebody else's: mq; as root: tc qdisc del dev t0 root"
+
+
+def test_fewer_queues_throw_away_what_waits() -> None:
+    """The kernel does so, and tells nobody: seen by a look before and one after."""
+
+    def body() -> list[str]:
+        tap = Tap("t0", queues=2, address="10.0.0.1/24")
+        shown("ip", "neigh", "add", "10.0.0.2", "lladdr", "52:54:00:00:00:01", "dev", "t0")
+        faults = TapFaults(tap, None)
+        faults.set(of_text(["rx rate=1kbit burst=3000"]))
+        with socket(AF_INET, SOCK_DGRAM) as s:
+            for _ in range(10):
+                s.sendto(bytes(1000), ("10.0.0.2", 9))
+        told = []
+        for _ in range(2):
+            faults.look()
+            told.append(json.dumps([faults.counters(), faults.report()["waiting"]]))
+            tap.set_queues(1)
+        faults.close()
+        tap.close()
+        return told
+
+    before, after = (json.loads(word) for word in on_this_kernel(body, "multi_queue"))
+    seen = before[0]["rx_fault_frames"]
+    assert before[1]["rx"] > 0 and seen >= 10 and "rx_fault_cleared" not in before[0]
+    assert after[0]["rx_fault_cleared"] > 0 and after[0]["rx_fault_frames"] >= seen
+
+
+#: Prints what a user hears who asks for faults, and then takes them away.
+ASK = f"""
+from pyvmm.errors import NetForbidden
+from pyvmm.hostnet.traffic import Shape, Tc
+for shapes in ({{"rx": Shape({BUCKET})}}, {{"tx": Shape({BUCKET})}}, {{}}):
+    try:
+        Tc("t0", None).set(shapes)
+    except NetForbidden as e:
+        print(e)
+"""
+
+
+def test_an_ordinary_user_is_told_who_may() -> None:
+    """At a tap that root has made for the user."""
+
+    def body() -> list[str]:
+        argv = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", ASK]
+        clean = shown(*argv)
+        Tc("t0", None).set({"rx": Shape(BUCKET)})
+        left = shown(*argv)
+        assert has_root_qdisc(if_nametoindex("t0"), ROOT)
+        return [clean, left]
+
+    clean, left = on_this_kernel(body)
+    need = (
+        "faults on demand at tap t0 need root: {}: Operation not permitted; run as root; "
+        "or use --net emulated; or leave out tap="
+    )
+    assert clean.splitlines() == [need.format("tc"), need.format("ip")]
+    still = (
+        "tap t0 still has faults on demand, and you may not take them away: tc: Operation not "
+        "permitted; as root: tc qdisc del dev t0 root"
+    )
+    assert left.splitlines() == [still] * 3
 
 
 class FakeTap:
@@ -244,6 +358,23 @@ def test_a_refused_change_counts_nothing_twice(kernel: Kernel, faults: TapFaults
     kernel.qdiscs["tap0"].pop()
     faults.close()
     assert faults.counters() == {**before, "rx_fault_cleared": 2}
+
+
+def test_what_the_kernel_throws_away_was_seen(kernel: Kernel, faults: TapFaults) -> None:
+    """When the guest uses fewer queue pairs: no counter goes back."""
+    faults.set(of_text(["rx delay=1s"]))
+    queue = kernel.qdiscs["tap0"][0]
+    queue.update(packets=2, qlen=8)
+    faults.look()
+    assert faults.counters() == {"rx_fault_frames": 10, "rx_fault_full": 0}
+    queue.update(packets=3, qlen=0)
+    for _ in range(2):
+        faults.look()
+        told = {"rx_fault_frames": 10, "rx_fault_full": 0, "rx_fault_cleared": 7}
+        assert faults.counters() == told
+    queue.update(packets=3, qlen=2)
+    faults.close()
+    assert faults.counters() == told | {"rx_fault_frames": 12, "rx_fault_cleared": 9}
 
 
 def test_the_trace_has_what_was_counted_between_two_looks(
