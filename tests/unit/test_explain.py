@@ -297,37 +297,56 @@ def test_steps_go_to_the_data_path_that_they_belong_to() -> None:
 # --- folds ----------------------------------------------------------------------------------------
 
 
-def test_faults_on_demand_are_arrows_where_they_happened() -> None:
-    """Between worker and tap, on the way of a kick or an interrupt; and what a card does once."""
-    document = raw("ioeventfd")
+def with_faults(document: dict[str, Any], *faults: dict[str, Any]) -> tuple[int, float]:
+    """Have a worker do these things after all that it has done in a trace of one card.
+
+    :param faults: the events' arguments. :returns: the card's process there, and the time of the
+        last one.
+    """
     pid, tid = next(
         (e["pid"], e["tid"]) for e in document["traceEvents"] if e.get("cat") == "packet"
     )
     last = max(e["ts"] for e in document["traceEvents"] if e["ph"] != "M")
-    for n, (queue, deeds) in enumerate(
-        (
-            (1, ["loss"]),
-            (0, ["delay", "corrupt"]),
-            (0, ["hold-irq"]),
-            (1, ["extra-irq"]),
-            (1, ["hold-kick"]),
-            (1, EVIL),
-        )
-    ):
-        event = {"ph": "i", "s": "t", "cat": "fault", "name": "fault", "pid": pid, "tid": tid}
-        args = {"queue": queue, "deeds": deeds, "length": 60}
-        document["traceEvents"].append(event | {"ts": last + n, "args": args})
-    used = {"deeds": ["reorder-used"], "queue": 0, "length": 72, "head": 5, "used_at": 258}
-    document["traceEvents"].append(event | {"ts": last + 8, "args": used})
+    event = {"ph": "i", "s": "t", "cat": "fault", "name": "fault", "pid": pid, "tid": tid}
+    document["traceEvents"] += [
+        event | {"ts": last + n, "args": args} for n, args in enumerate(faults)
+    ]
+    return pid, last + len(faults)
+
+
+#: A chain that comes back behind another one's, and a frame that is cut short.
+REORDERED = {"deeds": ["reorder-used"], "queue": 0, "length": 72, "head": 5, "used_at": 258}
+CUT = {"deeds": ["truncate"], "queue": 0, "length": 60}
+
+
+def test_faults_on_demand_are_arrows_where_they_happened() -> None:
+    """Between worker and tap, on the way of a kick or an interrupt; and what a card does once."""
+    document = raw("ioeventfd")
+    pid, last = with_faults(
+        document,
+        *(
+            {"queue": queue, "deeds": deeds, "length": 60}
+            for queue, deeds in (
+                (1, ["loss"]),
+                (0, ["delay", "corrupt"]),
+                (0, ["hold-irq"]),
+                (1, ["extra-irq"]),
+                (1, ["hold-kick"]),
+                (1, EVIL),
+            )
+        ),
+        REORDERED,
+        CUT,
+    )
     once = {"ph": "i", "s": "t", "cat": "control", "name": "fault", "pid": pid, "tid": 1}
-    document["traceEvents"].append(once | {"ts": last + 9, "args": {"fault": "needs-reset"}})
+    document["traceEvents"].append(once | {"ts": last, "args": {"fault": "needs-reset"}})
     span = {"ph": "X", "cat": "control", "name": "faults by tc", "pid": pid, "tid": 5, "dur": 2e6}
     for way, counts in (
         ("rx", {"frames": 7, "loss": 4, "cleared": 2}),
         ("tx", {"frames": 1, "full": EVIL}),
     ):
         told = {"way": way, "rules": EVIL, **counts}
-        document["traceEvents"].append(span | {"ts": last + 10, "args": told})
+        document["traceEvents"].append(span | {"ts": last + 1, "args": told})
     one = take(document, "x")
     drawn = Diagram(one, one.card(None))
     faults = [a for a in drawn.arrows if a.kind == "fault"]
@@ -343,6 +362,7 @@ def test_faults_on_demand_are_arrows_where_they_happened() -> None:
             "rings",
             "fault on demand: reorder-used: return chain 5 at [2], queue 0",
         ),
+        ("tap", "worker", "fault on demand: truncate: frame to the guest, 60 bytes"),
         ("vmm", "driver", "fault on demand: needs-reset"),
         (
             "host",
@@ -354,7 +374,13 @@ def test_faults_on_demand_are_arrows_where_they_happened() -> None:
     assert ("why", "The frame is lost.", False) in faults[0].details
     (data,) = embedded(page([("x", drawn)]))
     check(document, data)
-    assert "worker--xtap: fault on demand: loss" in mermaid(drawn, 10_000)
+    text = mermaid(drawn, 10_000)
+    for arrow in (
+        "worker--xtap: fault on demand: loss",
+        "worker--xrings: fault on demand: reorder-used: return chain 5",
+        "tap--xworker: fault on demand: truncate: frame to the guest",
+    ):
+        assert arrow in text
 
 
 def test_folds_add_up() -> None:

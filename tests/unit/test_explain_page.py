@@ -19,7 +19,7 @@ from pyvmm.explain.read import take
 from tests.browser import Browser
 from tests.driver import wait_for
 from tests.unit.test_compare_page import CONTRAST
-from tests.unit.test_explain import EVIL, NAMES, poisoned, raw
+from tests.unit.test_explain import CUT, EVIL, NAMES, REORDERED, poisoned, raw, with_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = sorted((ROOT / "docs" / "explain").glob("*.html"))
@@ -157,6 +157,34 @@ def test_there_are_stored_pages() -> None:
         "vhost-vdpa",
     }
     assert all(path.stat().st_size < 350_000 for path in STORED)
+
+
+def test_faults_on_demand_are_dashed_and_red(browser: Browser, tmp_path: Path) -> None:
+    """And no other arrow is both."""
+    document = raw("ioeventfd")
+    with_faults(document, REORDERED, CUT)
+    opened(browser, made(tmp_path / "faults.html", document))
+    press(browser, "u")
+    browser.evaluate("paper(true)")
+    looks = browser.evaluate(
+        """[...document.querySelectorAll(".row")].filter(r => r.querySelector(".line")).map(r => {
+          const s = getComputedStyle(r.querySelector(".line"));
+          return [r.querySelector(".label").textContent, s.stroke, s.strokeDasharray];
+        })"""
+    )
+    red = browser.evaluate(
+        """(() => {
+          const e = document.body.appendChild(document.createElement("p"));
+          e.style.color = "var(--mistake)";
+          return getComputedStyle(e).color;
+        })()"""
+    )
+    found = [label for label, stroke, dashes in looks if stroke == red and dashes != "none"]
+    assert [label.partition(": ")[2].partition(":")[0] for label in found] == [
+        "reorder-used",
+        "truncate",
+    ]
+    assert len(looks) > 100
 
 
 MERMAID = os.environ.get("PYVMM_MERMAID", "")
