@@ -86,7 +86,7 @@ BY_TC = {
     "full": "lost as too many waited",
     "loss_or_full": "lost, or too many waited",
     "rate": "times no tokens",
-    "cleared": "thrown away with the rules",
+    "cleared": "thrown away as they waited",
 }
 SENDS = (
     "The thread of the vCPU that kicked sends the frames itself, in its exit. Only if it does not "

@@ -367,7 +367,7 @@ def test_faults_on_demand_are_arrows_where_they_happened() -> None:
         (
             "host",
             "tap",
-            "by tc, within 2 s: of 7 frames to the guest, 4 lost, 2 thrown away with the rules",
+            "by tc, within 2 s: of 7 frames to the guest, 4 lost, 2 thrown away as they waited",
         ),
         ("tap", "host", "by tc, within 2 s: of 1 frame to the host, none lost"),
     ]
