@@ -360,12 +360,32 @@ void queue_notify(struct queue *q)
 		mmio_write16(q->notify, q->number);
 }
 
+#ifdef BUGS
+/*
+ * Bugs on purpose, for scenarios of faults to find: bug=stale (default) or bug=turn on the command
+ * line.
+ */
+static bool bug(char letter)
+{
+	static char text[8];
+
+	if (!text[0] && !option("bug", text, sizeof(text)))
+		text[0] = 's';
+	return text[0] == letter;
+}
+#endif
+
 bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)
 {
 	if (__atomic_load_n(&q->used.index, __ATOMIC_ACQUIRE) == q->seen)
 		return false;
 	*i = (uint16_t)q->used.ring[q->seen % QUEUE_SIZE].id;
 	*length = q->used.ring[q->seen % QUEUE_SIZE].length;
+#ifdef BUGS
+	/* The driver waits for the buffer whose turn it is: the one that was available first. */
+	if (bug('t') && *i != q->avail.ring[q->seen % QUEUE_SIZE])
+		return false;
+#endif
 	if (*i >= QUEUE_SIZE)
 		fail("net: used id %u", *i);
 	q->seen++;
@@ -374,11 +394,10 @@ bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)
 
 /* --- ARP -------------------------------------------------------------------------------------- */
 
-#ifdef LEAK_STALE_ANSWERS
+#ifdef BUGS
 /*
- * A bug on purpose, for scenarios of faults to find: before a request, the driver clears away what
- * has come meanwhile, and forgets the buffers of answers. With one answer per request, there are
- * none.
+ * Before a request, the driver clears away what has come meanwhile, and forgets the buffers of
+ * answers. With one answer per request, there are none.
  */
 static void clear_away(const uint8_t *target)
 {
@@ -400,8 +419,9 @@ void arp_offer(const uint8_t *own, const uint8_t *target)
 	static uint16_t sent;
 	uint16_t i = sent++ % QUEUE_SIZE;
 
-#ifdef LEAK_STALE_ANSWERS
-	clear_away(target);
+#ifdef BUGS
+	if (bug('s'))
+		clear_away(target);
 #endif
 
 	memset(transmit.buffer[i], 0, NET_HEADER);

@@ -99,7 +99,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_library() -> None:
     """Every scenario is one, says what it is for, and is in its page."""
     page = (Path(__file__).parents[2] / "docs/scenarios.md").read_text()
-    assert len(library()) >= 10
+    assert len(library()) >= 13
     seeds = set()
     for name, path in library().items():
         scenario = load(name)
