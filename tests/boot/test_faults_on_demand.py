@@ -157,6 +157,72 @@ def test_rules_work_both_ways(host: Host, mode: str) -> None:
         assert nic["fault_rules"]["rules"] == ["rx loss=1/2 filter='icmp'"]
 
 
+#: A bridge in a network namespace of the test's own, around pyvmm.
+BRIDGE = """
+ip link add br0 type bridge; ip addr add 10.9.0.1/24 dev br0; ip link set br0 up
+exec "$@"
+"""
+
+
+def test_queue_pairs_in_a_bridge(host: Host) -> None:
+    """With faults, the frames of both queue pairs wait in one queue in the place of mq, and each
+    goes to the virtqueue that it was for; without them, mq is back.
+    """
+    name, filter_ = "bridged", "filter=icmp"
+    net = "vhost-net,bridge=br0,queues=2,guest=10.9.0.2/24"
+    wrapper = ["unshare", "--net", "sh", "-c", BRIDGE, "sh"]
+    args = ("--cpus", "2", "--name", name, "--net", net, "--sandbox", "on")
+    with Guest(host, *args, wrapper=wrapper) as guest:
+
+        def qdiscs() -> str:
+            """The tap's root queueing disciplines, and that of its ifb."""
+            script = 'for i in /sys/class/net/pv*; do tc qdisc show dev "${i##*/}" root; done'
+            words = ["nsenter", f"--net=/proc/{guest.pid}/ns/net", "unshare", "--mount"]
+            script = f"mount -t sysfs sysfs /sys; {script}"
+            done = host.run(*words, "sh", "-ec", script)
+            assert done.status == 0, done
+            return done.out
+
+        def received() -> list[int]:
+            """Interrupts of the two receive virtqueues."""
+            text = guest.do("cat /proc/interrupts")
+            rows = re.findall(r"^\s*\d+:((?:\s+\d+)+).*virtio\d+-input\.([01])$", text, re.M)
+            assert [number for _, number in rows] == ["0", "1"], text
+            return [sum(map(int, counts.split())) for counts, _ in rows]
+
+        def echoes_by_both() -> None:
+            """Echoes that each processor asks for come back to its own virtqueue."""
+            for cpu in (0, 1):
+                before = received()
+                guest.do(f"taskset {cpu + 1} sh -c '{pings('10.9.0.1', 3)}'")
+                more = [now - then for now, then in zip(received(), before, strict=True)]
+                assert more[cpu] > more[1 - cpu], (cpu, more)
+
+        def lost(way: str) -> int:
+            count: int = fault(host, name)["counters"][f"{way}_fault_loss"]
+            return count
+
+        before = qdiscs()
+        assert "qdisc mq 0: root" in before and "netem" not in before
+        echoes_by_both()
+        asked = "ping -q -c 5 -i 0.2 -W 5 10.9.0.1 | grep '100% packet loss'"
+        for way in ("rx", "tx"):
+            fault(host, name, way, "loss", filter_)
+            guest.do(asked)
+            assert lost(way) == 5
+        fault(host, name, "both", "delay=20ms")
+        during = qdiscs()
+        assert "mq" not in during and during.count("qdisc netem 7076: root") == 2, during
+        echoes_by_both()
+        assert fault(host, name, "off")["rules"] == []
+        assert qdiscs() == before
+        echoes_by_both()
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert nic["counters"]["rx_fault_loss"] == nic["counters"]["tx_fault_loss"] == 5
+        assert nic["counters"]["tx_fault_frames"] >= 5 + 6
+
+
 SCENARIO = """
 [[step]]
 faults = "rx duplicate"
@@ -204,3 +270,27 @@ def test_a_scenario_under_linux(host: Host, tmp_path: Path) -> None:
     assert second["counters"]["rx_fault_duplicate"] >= 10
     assert second["counters"]["fault_config_interrupt"] == 1
     assert not first["driver_mistakes"] and not second["driver_mistakes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "net", "deeds"),
+    [
+        ("out-of-order", "emulated", ["rx_fault_reorder_used", "tx_fault_reorder_used"]),
+        ("short-frames", "emulated,with=packed", ["rx_fault_truncate"]),
+    ],
+)
+def test_linux_survives_a_scenario(host: Host, name: str, net: str, deeds: list[str]) -> None:
+    """Of completion: data arrive as they were, both ways, and the driver makes no mistake."""
+    machine = f"survivor-{name}"
+    with Guest(host, "--name", machine, "--net", net, "--scenario", name) as guest:
+
+        def done() -> bool:
+            """Whether enough was done, and data came through meanwhile."""
+            check_tcp(guest)
+            counters = fault(host, machine)["counters"]
+            return all(counters.get(deed, 0) >= 10 for deed in deeds)
+
+        host.wait_until(done, lambda: repr(guest))
+        guest.leave()
+    assert guest.report["scenario"]["played"] == 1 and not guest.report["scenario"]["problem"]
+    assert not guest.report["nets"][0]["driver_mistakes"]
