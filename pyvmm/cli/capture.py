@@ -12,8 +12,8 @@ per card, the direction of each packet, times in nanoseconds, and the virtio-net
 where it says anything (docs/capture.md). Only you can read a new file. --filter takes an expression
 of pcap-filter(7), and needs libpcap0.8.
 
-A capture never slows a card down. What is lost because FILE is too slow, or has 1 GiB (--limit), is
-counted and printed.
+No card waits for a capture, which takes time of the processors like any other program. What is lost
+because FILE is too slow, or has 1 GiB (--limit), is counted and printed.
 
 Exit status: 0; 2 bad usage, such as a filter that is none, or a card on a back-end of somebody
 else's; 101 the file could not be written, or there is no libpcap; 113 no such machine, or it ended
