@@ -133,6 +133,41 @@ def heard(data: bytes, fds: list[int], what: str) -> Result:
     raise getattr(errors, kind)(*words)
 
 
+def in_child(body: Callable[[], Result], what: str) -> Result:
+    """Run ``body`` in a child; the descriptors that it returns come back by SCM_RIGHTS.
+
+    :param what: the child, for messages.
+    :raises PyvmmError, OSError: ``body`` raised this error.
+    :raises HostError: the child died without an answer.
+    :raises RuntimeError: ``body`` raised another exception; the text is the child's traceback.
+    """
+    ours, theirs = _socket.socketpair(
+        _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
+    )
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            status = answer(theirs, body)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # the answer could not be sent
+        finally:
+            os._exit(status)
+    theirs.close()
+    status = 0
+    try:
+        data, fds = recv_fds(ours, MESSAGE_MAX, FDS_MAX)
+    finally:
+        ours.close()
+        try:
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except ChildProcessError:
+            pass  # the program that uses this library ignores SIGCHLD
+    if not data:
+        raise HostError(f"{what} died, status {status}")
+    return heard(data, fds, what)
+
+
 class Helper(Closing):
     """The client's side. ``close`` ends the process.
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 
 from pyvmm import helper
 from pyvmm._ext import lib
-from pyvmm.errors import HostError, NetForbidden
+from pyvmm.errors import NetForbidden
 from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet import macvtap, userns
-from pyvmm.hostnet.rights import FDS_MAX, recv_fds
 from pyvmm.hostnet.rtnetlink import Link, forward_from, route_default, route_socket
 from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap, index_of
 from pyvmm.programs import program
@@ -55,35 +53,8 @@ def _in_thread(body: Inside) -> tuple[list[str], list[int]]:
 
 
 def _in_child(body: Inside) -> tuple[list[str], list[int]]:
-    """Run ``body`` in a child; the descriptors that it returns come back by SCM_RIGHTS.
-
-    :raises PyvmmError, OSError: ``body`` raised this error.
-    :raises HostError: the child died without an answer.
-    :raises RuntimeError: ``body`` raised another exception; the text is the child's traceback.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            status = helper.answer(theirs, body)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())  # the answer could not be sent
-        finally:
-            os._exit(status)
-    theirs.close()
-    status = 0
-    try:
-        data, fds = recv_fds(ours, helper.MESSAGE_MAX, FDS_MAX)
-    finally:
-        ours.close()
-        try:
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        except ChildProcessError:
-            pass  # the program that uses this library ignores SIGCHLD
-    if not data:
-        raise HostError(f"the child that makes a network namespace died, status {status}")
-    return helper.heard(data, fds, "the child that makes a network namespace")
+    """As ``helper.in_child``."""
+    return helper.in_child(body, "the child that makes a network namespace")
 
 
 #: The numbers of the network namespaces that this process has made.
