@@ -4,8 +4,6 @@ Python ``pyvmm.Device("vhost-user", id="rng", socket="/run/rng.sock")``.
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from pyvmm.errors import UsageError, VhostUserError, did_you_mean
 from pyvmm.fd import Fd
 from pyvmm.netopt import UID_MAX, number
@@ -20,6 +18,10 @@ if TYPE_CHECKING:
     from pyvmm.errors import PyvmmError
     from pyvmm.host.child import ChildConnector
     from pyvmm.vhostuser.connect import Connector
+
+if TYPE_CHECKING:
+    #: User id and group id.
+    User = tuple[int, int]
 
 #: As many virtqueues as a device may have.
 MAX_QUEUES = 64
@@ -131,6 +133,10 @@ class Device:
 
     #: Seconds for a whole conversation with the back-end, such as a start or a stop.
     timeout = 5.0
+    #: Processes and threads at most: ours that speak for it, and its back-end if we start that.
+    tasks = 16
+    #: Bytes that its back-end takes of its own, if we start that and it takes many.
+    memory = 0
     #: Whether the guest can neither go on nor end in order without the device.
     vital = False
 
@@ -227,13 +233,19 @@ class Device:
     def abandon(self) -> None:
         """Called in the end: release what was begun, and not taken by ``connector``."""
 
-    def detach(self) -> list[int]:
+    def detach(self, user: User) -> list[int]:
         """Called before ``begin`` if another process will begin, which has none of the host's files
         (docs/jail.md): open what the back-end serves. Returns descriptors that the process needs;
         the device owns them until ``attached``.
 
+        :param user: the other process's.
         :raises OSError: the kernel or a sandbox does not allow this, or a file has been replaced.
+        :raises PyvmmError: the user may not have it.
         """
+        return []
+
+    def needs(self) -> list[str]:
+        """The files that the other process needs besides, to read."""
         return []
 
     def attached(self) -> None:
@@ -269,8 +281,8 @@ class StartedDevice(Device):
     timeout = 30.0
     _begun: ChildConnector | None = None
     _connector: ChildConnector | None = None
-    #: Paths -> their mounts; empty if the back-end finds the paths itself.
-    _mounts: Mapping[str, Fd] = MappingProxyType({})
+    #: What the back-end serves; None if the back-end finds that by paths.
+    _mount: Fd | None = None
 
     def start_backend(self) -> ChildConnector:
         """Start the back-end; the caller owns what is returned.
@@ -279,31 +291,27 @@ class StartedDevice(Device):
         """
         raise NotImplementedError
 
-    def served(self) -> Mapping[str, bool]:
-        """The files and directories of the host that the back-end serves, without symbolic links,
-        and whether each may be written.
+    def open_mount(self, user: User) -> int:
+        """Open what the back-end serves, as a mount (``isolate.detach``); the caller owns the
+        descriptor. For the parameter and the errors see ``detach``.
         """
         raise NotImplementedError
 
-    def detach(self) -> list[int]:
+    def detach(self, user: User) -> list[int]:
         """Open what the back-end serves."""
-        from pyvmm.hostnet.isolate import detach
-
         self.attached()
-        self._mounts = mounts = {}
-        for path, writable in self.served().items():
-            mounts[path] = Fd(detach(path, writable=writable))
-        return [mount.fileno() for mount in mounts.values()]
+        self._mount = Fd(self.open_mount(user))
+        return [self.mount]
 
-    def mount_of(self, path: str) -> int:
-        """The descriptor of ``detach`` for a path; -1 if there is none."""
-        mount = self._mounts.get(path)
-        return -1 if mount is None else mount.fileno()
+    @property
+    def mount(self) -> int:
+        """The descriptor of ``detach``; -1 if there is none."""
+        return -1 if self._mount is None else self._mount.fileno()
 
     def attached(self) -> None:
-        """Close the descriptors of ``detach``."""
-        mounts, self._mounts = self._mounts, MappingProxyType({})
-        for mount in mounts.values():
+        """Close the descriptor of ``detach``."""
+        mount, self._mount = self._mount, None
+        if mount is not None:
             mount.close()
 
     def begin(self) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from pyvmm.devopt import StartedDevice
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyvmm.datapath.base import RingServer
+    from pyvmm.devopt import User
     from pyvmm.errors import PyvmmError, VhostUserError
-    from pyvmm.host.storage_daemon import DiskConnector
+    from pyvmm.host.storage_daemon import DiskConnector, Layer
 
 FORMATS = ("qcow2", "raw")
 KEYS = ("format", "ro", "snapshot", "backing", "notify")
@@ -74,34 +76,55 @@ class Disk(StartedDevice):
             raise UsageError(
                 f"--disk {given}: notify={notify}", "use notify=ioeventfd or notify=exit"
             )
+        from pyvmm.host import storage_daemon
+
         self.format, self.writable, self.snapshot = format, not readonly, snapshot
         self.backing = backing
         self.file = os.path.realpath(given)
         self.directory = self.file.rpartition("/")[0] or "/"
-        self._check(given)
+        # What is found when the daemon starts counts. This look is for whoever waits for an answer:
+        # before a machine is made, or a testbed starts.
+        chain = self._look(f"--disk {given}")
+        self.memory = storage_daemon.memory(chain, snapshot=snapshot)
+        self.tasks = StartedDevice.tasks + storage_daemon.TASKS
         super().__init__(id="block", socket=self.file, notify=notify)
 
-    def _check(self, given: str) -> None:
-        """:raises DiskError: the image cannot be opened, or names other files."""
+    def _look(self, called: str, user: User | None = None) -> list[Layer]:
+        """The images that the disk consists of.
+
+        :param called: what messages call its own one. :param user: who opens them, see ``layers``.
+        :raises DiskError: the image cannot be opened, or names other files.
+        """
         from pyvmm.host.storage_daemon import layers
 
-        # ``DiskConnector`` looks again: what is found then counts. This look is for whoever waits
-        # for an answer: before a machine is made, or a testbed starts.
         writes = self.writable and not self.snapshot
         try:
-            layers(
+            return layers(
                 self.file,
                 self.format,
                 writable=writes,
                 backing=self.backing,
-                called=f"--disk {given}",
+                called=called,
+                user=user,
             )
         except OSError as e:
-            writes = writes and os.access(self.file, os.R_OK)
-            raise DiskError(
-                f"--disk {given}: {e.strerror}",
-                "allow it by chmod, or add ro=on or snapshot=on" if writes else "name an image",
-            ) from e
+            whom, way = "", "chmod"
+            if user is not None:
+                whom, way = f" for user {user[0]}", f"chown {user[0]} or chmod"
+            denied = e.errno == errno.EACCES
+            remedy = f"allow it by {way}" if denied else "name an image"
+            if writes and self._is_readable(user):
+                remedy += ", or add ro=on or snapshot=on"
+            raise DiskError(f"{called}: {e.strerror}{whom}", remedy) from e
+
+    def _is_readable(self, user: User | None) -> bool:
+        from pyvmm.host.storage_daemon import Image
+
+        try:
+            Image(self.file, writable=False, user=user)
+        except OSError:
+            return False
+        return True
 
     @classmethod
     def parse(cls, text: str) -> Disk:
@@ -142,12 +165,18 @@ class Disk(StartedDevice):
         from pyvmm.host.storage_daemon import DiskConnector
 
         return DiskConnector(
-            self.file,
-            self.format,
+            self._look(self.file) if self.mount < 0 else self._collected,
             writable=self.writable,
             snapshot=self.snapshot,
-            backing=self.backing,
+            collected=self.mount,
         )
+
+    def open_mount(self, user: User) -> int:
+        """Open the images, as the user may, and make what ``snapshot`` needs."""
+        from pyvmm.host.storage_daemon import collect
+
+        self._collected = self._look(f"--disk {self.file}", user)
+        return collect(self._collected, writable=self.writable, snapshot=self.snapshot, user=user)
 
     def substitute(self) -> RingServer:
         """Answers the guest once qemu-storage-daemon has gone."""

@@ -6,6 +6,12 @@ from pyvmm.errors import UsageError, did_you_mean
 from pyvmm.memory import parse_size
 from pyvmm.netopt import UID_MAX, number
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyvmm.devopt import Device
+
 KEYS = ("memory", "cpus", "pids")
 #: Bytes that pyvmm itself takes at most, besides the guest's memory: interpreter, helper, rings.
 OVERHEAD = 96 << 20
@@ -68,22 +74,33 @@ class Jail:
         """Whether there is a limit that needs a cgroup."""
         return bool(self.memory or self.millicpus or self.pids)
 
-    def check(self, memory: int, *, cpus: int, cards: int, machines: int = 1) -> None:
+    def check(
+        self,
+        memory: int,
+        *,
+        cpus: int,
+        cards: int,
+        devices: Sequence[Device] = (),
+        machines: int = 1,
+    ) -> None:
         """Refuse limits within which no machine can run.
 
-        :param memory: of the guest, in bytes. :param cpus: its vCPUs. :param cards: its cards and
-            other devices. :param machines: such machines at a time.
+        :param memory: of the guest, in bytes. :param cpus: its vCPUs. :param cards: its cards.
+        :param devices: its other devices. :param machines: such machines at a time.
         :raises UsageError: a limit is too low.
         """
-        own = OVERHEAD + (machines - 1) * OVERHEAD_PER_MACHINE
-        least = machines * memory + own
+        taken = OVERHEAD + (machines - 1) * OVERHEAD_PER_MACHINE
+        taken += sum(device.memory for device in devices)
+        least = machines * memory + taken
         if self.memory and self.memory < least:
+            alone = not any(device.memory for device in devices)
+            what = "pyvmm itself takes" if alone else "pyvmm and its back-ends take"
             raise UsageError(
                 f"--jail: memory={self.memory >> 20}M for {machines * memory >> 20}M of guests",
-                f"use at least {-(-least >> 20)}M: pyvmm itself takes up to {own >> 20}M",
+                f"use at least {-(-least >> 20)}M: {what} up to {taken >> 20}M",
             )
-        tasks = TASKS + (machines - 1) * TASKS_PER_MACHINE
-        tasks += machines * (cpus + TASKS_PER_CARD * cards)
+        own = cpus + TASKS_PER_CARD * cards + sum(device.tasks for device in devices)
+        tasks = TASKS + (machines - 1) * TASKS_PER_MACHINE + machines * own
         if self.pids and self.pids < tasks:
             raise UsageError(
                 f"--jail: pids={self.pids}: this takes up to {tasks} processes and threads",

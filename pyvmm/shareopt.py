@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyvmm.datapath.base import RingServer
+    from pyvmm.devopt import User
     from pyvmm.errors import PyvmmError, VhostUserError
     from pyvmm.host.virtiofsd import FsConnector
 
@@ -103,12 +104,20 @@ class Share(StartedDevice):
             self.directory,
             writable=self.writable,
             cache=self.cache,
-            mount=self.mount_of(self.directory),
+            mount=self.mount,
         )
 
-    def served(self) -> dict[str, bool]:
-        """The directory."""
-        return {self.directory: self.writable}
+    def open_mount(self, user: User) -> int:
+        """Open the directory."""
+        from pyvmm.hostnet.isolate import detach
+
+        return detach(self.directory, writable=self.writable)
+
+    def needs(self) -> list[str]:
+        """The library that virtiofsd of another user than root needs."""
+        from pyvmm.host import shim
+
+        return [shim.place()]
 
     def substitute(self) -> RingServer:
         """Answers the guest once virtiofsd has gone, whose state nobody has."""

@@ -458,12 +458,11 @@ def _check_jail(args: argparse.Namespace) -> None:
     """:raises UsageError: an option needs what a jail has not."""
     from pyvmm.netopt import Net
 
-    for option, given, why in (
-        ("--disk", args.disk, "a jail has no file of the host to write: use --initrd or --add"),
-        ("--trace-kernel", args.trace_kernel, "the kernel's trace is of the whole host"),
-    ):
-        if given:
-            raise UsageError(f"{option} and --jail: {why}", "or leave one of them out")
+    if args.trace_kernel:
+        raise UsageError(
+            "--trace-kernel and --jail: the kernel's trace is of the whole host",
+            "leave one of them out",
+        )
     for net in map(Net.parse, args.net or ()):
         what = f"--net {net.mode} and --jail"
         modes = {net.mode, *net.switchable}
@@ -508,7 +507,7 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
 
     need_root()
     want = _description(args)
-    args.jail.check(want.memory, cpus=want.cpus, cards=len(want.nets) + len(want.devices))
+    args.jail.check(want.memory, cpus=want.cpus, cards=len(want.nets), devices=want.devices)
     # The back-end may replace its socket, so its directory has to be there.
     sockets = [*(net.socket for net in want.nets), *(d.socket for d in _devices(args))]
     directories = [socket_place(path, args.jail.uid) for path in sockets if path]
@@ -525,7 +524,7 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
             print(f"pyvmm: jail: {args.jail.text}", file=sys.stderr)
         keep = [*kept, *outputs.filenos()]
         keep += [fd for net in _nets(args) for fd in net.fds]
-        mounts = take_mounts(want.devices, stack, files)
+        mounts = take_mounts(want.devices, (args.jail.uid, args.jail.gid), stack, files)
         claim = None
         if (qmp := _qmp(args)) is not None:
             from pyvmm.control.registry import Claim

@@ -4,7 +4,8 @@ started, confined and ended by us.
 Theory of operation. The child (``host.child``) is executed in namespaces whose root directory has
 little else than the image (``hostnet.isolate.enclose``), and, if the user says so, the files of its
 backing chain, which ``layers`` finds before. So an image whose contents name other files, which a
-guest may have written, leads nowhere. The child does not end when its connection
+guest may have written, leads nowhere. In a jail, which has none of these files, they come as a
+mount that root has made outside (``collect``). The child does not end when its connection
 does. It has one end of a pipe, for which it gets SIGTERM once the other end, which only this
 process has, is closed: also if this process is killed. On SIGTERM it writes what it has in memory,
 and ends.
@@ -17,6 +18,7 @@ import fcntl
 import json
 import os
 import signal
+from contextlib import contextmanager
 from stat import S_ISBLK, S_ISDIR, S_ISREG
 
 from pyvmm.errors import DiskError
@@ -28,8 +30,10 @@ from pyvmm.vhostuser.wire import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
+
+    from pyvmm.devopt import User
 
 NAME = "qemu-storage-daemon"
 PLACES = (f"/usr/bin/{NAME}", f"/usr/local/bin/{NAME}")
@@ -40,6 +44,11 @@ PACKAGES = {13: "qemu-utils", 12: "qemu-system-common"}
 IMAGE, OVERLAY = "image", "overlay"
 #: The most files of a chain: each costs a descriptor, and time for each look.
 LAYERS_MAX = 100
+#: Processes and threads: one per request under way up to 64, the main thread, that of RCU.
+TASKS = 64 + 2
+#: Bytes that a daemon takes for itself and its threads; and for the tables of each qcow2 image, of
+#: which it keeps 32 MiB, and 4 clusters of at most 2 MiB (docs/qcow2-cache.txt of QEMU).
+MEMORY, MEMORY_PER_QCOW2 = 16 << 20, (32 + 4 * 2) << 20
 
 
 def find() -> str:
@@ -116,12 +125,71 @@ def nodes(
     return [*made, {"node-name": "disk", **top}]
 
 
+def memory(chain: Sequence[Layer], *, snapshot: bool) -> int:
+    """Bytes that a daemon takes at most, besides the guest's memory and what it reads from files.
+
+    :param chain: the images. :param snapshot: there is an overlay, too.
+    """
+    count = sum(layer.form == "qcow2" for layer in chain) + snapshot
+    return MEMORY + MEMORY_PER_QCOW2 * count
+
+
+def collect(chain: Sequence[Layer], *, writable: bool, snapshot: bool, user: User) -> int:
+    """The files of a disk for a daemon of another user that has no such files: a mount for
+    ``isolate.enclose``, owned by the caller.
+
+    :param chain: the images, as ``user`` has found them.
+    :raises OSError: an image has been replaced; or as ``isolate.collect``.
+    :raises DiskError: the disk is too large for a snapshot, or there is no place for one.
+    """
+    made = _made(chain) if snapshot else {}
+    for where, _ in made.values():
+        if not os.path.isdir(where):
+            raise DiskError(
+                f"{chain[0].path}: no directory {where} for a snapshot", "set TMPDIR to another one"
+            )
+    mount = isolate.collect(
+        _files(chain, writable=writable and not snapshot),
+        made,
+        owner=user,
+        devices=[place(n) for n, layer in enumerate(chain) if layer.image.device],
+    )
+    try:
+        for number, layer in enumerate(chain):
+            if identity(os.stat(place(number), dir_fd=mount)) != layer.image.identity:
+                raise OSError(f"{layer.path} has been replaced")
+    except BaseException:
+        os.close(mount)
+        raise
+    return mount
+
+
+def _files(chain: Sequence[Layer], *, writable: bool) -> dict[str, tuple[str, bool]]:
+    """What the child's root directory has of the host, for ``isolate.enclose``."""
+    return {place(n): (layer.path, writable and not n) for n, layer in enumerate(chain)}
+
+
+def _made(chain: Sequence[Layer]) -> dict[str, tuple[str, bytes]]:
+    """What the guest writes to with ``snapshot=on``, for ``isolate.enclose``.
+
+    :raises DiskError: the disk is too large.
+    """
+    top, facts = chain[0], chain[0].image
+    size = qcow2.virtual_size(facts.head) if top.form == "qcow2" else facts.size
+    if size > qcow2.SIZE_MAX:
+        what, remedy = qcow2.too_large(size)
+        raise DiskError(f"{top.path} {what}", remedy)
+    scratch = os.environ.get("TMPDIR", "")
+    where = scratch if scratch.startswith("/") else "/var/tmp"
+    return {OVERLAY: (where, qcow2.empty(-(-size // 512) * 512))}
+
+
 class DiskConnector(ChildConnector):
     """Starts a qemu-storage-daemon and makes the one connection to it.
 
-    :param image: without symbolic links. :param form: ``raw`` or ``qcow2``.
+    :param chain: the disk's image, its backing file, and so on.
     :param snapshot: what the guest writes goes to a file that ends with the child.
-    :param backing: the image may name a backing file, and that one another.
+    :param collected: their mount, lent, if this process has no such files (``collect``); else -1.
     :raises DiskError: there is no qemu-storage-daemon, or it cannot be started.
     """
 
@@ -129,32 +197,26 @@ class DiskConnector(ChildConnector):
     end_s = 10.0
 
     def __init__(
-        self, image: str, form: str, *, writable: bool, snapshot: bool, backing: bool = False
+        self,
+        chain: Sequence[Layer],
+        *,
+        writable: bool,
+        snapshot: bool,
+        collected: int = -1,
     ) -> None:
-        super().__init__(NAME, image, DiskError)
+        super().__init__(NAME, chain[0].path, DiskError)
         program = find()
-        try:
-            chain = layers(image, form, writable=writable and not snapshot, backing=backing)
-        except OSError as e:
-            raise DiskError(f"{image} cannot be opened: {e.strerror}") from e
-        facts = chain[0].image
-        made: dict[str, tuple[str, bytes]] = {}
-        if snapshot:
-            size = qcow2.virtual_size(facts.head) if form == "qcow2" else facts.size
-            if size > qcow2.SIZE_MAX:
-                what, remedy = qcow2.too_large(size)
-                raise DiskError(f"{image} {what}", remedy)
-            scratch = os.environ.get("TMPDIR", "")
-            where = scratch if scratch.startswith("/") else "/var/tmp"
-            made[OVERLAY] = where, qcow2.empty(-(-size // 512) * 512)
+        may = writable and not snapshot
+        files, made = _files(chain, writable=may), _made(chain) if snapshot else {}
         graph = nodes(
-            form,
-            device=facts.device,
-            writable=writable and not snapshot,
+            chain[0].form,
+            device=chain[0].image.device,
+            writable=may,
             snapshot=snapshot,
             below=[layer.form for layer in chain[1:]],
         )
-        owned = all(layer.image.owner == os.geteuid() for layer in chain)
+        user = os.geteuid()
+        owned = user != 0 or all(layer.image.owner == user for layer in chain)
         leash, self._leash = os.pipe2(os.O_CLOEXEC)
 
         def argv(fd: int) -> list[str]:
@@ -169,12 +231,10 @@ class DiskConnector(ChildConnector):
             return [program, *blocks, "--export", json.dumps(export)]
 
         def confine() -> None:
-            may = writable and not snapshot
-            files = {place(n): (layer.path, may and not n) for n, layer in enumerate(chain)}
             fcntl.fcntl(leash, fcntl.F_SETOWN, os.getpid())  # not allowed any more when enclosed
             fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGTERM)
             fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
-            isolate.enclose(files, made, owned=owned)
+            isolate.enclose(files, made, owned=owned, collected=collected)
             if readable([leash], 0):
                 raise OSError("pyvmm has ended")
 
@@ -205,19 +265,23 @@ class Image:
     """What is known of an image before it is served.
 
     :param device: a block device is opened, too; else it has neither head nor size.
+    :param user: who opens it, if that is not this process's own; the directories above need not be
+        open to that user.
     :ivar head: its first bytes. :ivar size: in bytes. :ivar owner: user id.
     :ivar device: whether it is a block device. :ivar identity: device and inode of the file.
     :raises OSError: it may not be opened, or is neither a file nor a block device.
     """
 
-    def __init__(self, path: str, *, writable: bool, device: bool = True) -> None:
+    def __init__(
+        self, path: str, *, writable: bool, device: bool = True, user: User | None = None
+    ) -> None:
         # Opening a device may have an effect: a watchdog starts. So its kind is looked at before,
         # and what is opened then is what was looked at.
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             status = os.fstat(place)
             self.device, self.owner = S_ISBLK(status.st_mode), status.st_uid
-            self.identity = status.st_dev, status.st_ino
+            self.identity = identity(status)
             if writable and S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not self.device and not S_ISREG(status.st_mode):
@@ -226,7 +290,8 @@ class Image:
             if self.device and not device:
                 return
             flags = os.O_RDWR if writable else os.O_RDONLY
-            fd = os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+            with _acting_as(user):
+                fd = os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
         finally:
             os.close(place)
         try:
@@ -234,6 +299,29 @@ class Image:
             self.size = os.lseek(fd, 0, os.SEEK_END)
         finally:
             os.close(fd)
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    """Of a file, whatever it is called."""
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def _acting_as(user: User | None) -> Iterator[None]:
+    """Have this process, which is root's, the rights of another user meanwhile; None: its own."""
+    if user is None:
+        yield
+        return
+    own = os.geteuid(), os.getegid(), os.getgroups()
+    try:
+        os.setgroups([])
+        os.setegid(user[1])
+        os.seteuid(user[0])
+        yield
+    finally:
+        os.seteuid(own[0])
+        os.setegid(own[1])
+        os.setgroups(own[2])
 
 
 class Layer:
@@ -245,15 +333,26 @@ class Layer:
         self.path, self.form, self.image = path, form, image
 
 
-def layers(path: str, form: str, *, writable: bool, backing: bool, called: str = "") -> list[Layer]:
+def layers(
+    path: str,
+    form: str,
+    *,
+    writable: bool,
+    backing: bool,
+    called: str = "",
+    user: User | None = None,
+) -> list[Layer]:
     """The images that a disk consists of: its own, and with ``backing`` its backing file, the
     backing file of that one, and so on.
 
     :param path, form: of the disk's own image, the path without symbolic links.
-    :param called: what messages call it. :raises OSError: it cannot be opened.
+    :param called: what messages call it.
+    :param user: who opens the images, and finds the backing files by their names, if that is not
+        this process's own user.
+    :raises OSError: it cannot be opened.
     :raises DiskError: an image may not be a part of a disk, or cannot be opened.
     """
-    chain = [Layer(path, form, Image(path, writable=writable))]
+    chain = [Layer(path, form, Image(path, writable=writable, user=user))]
     called = called or path
     while chain[-1].form == "qcow2":
         last = chain[-1]
@@ -270,7 +369,7 @@ def layers(path: str, form: str, *, writable: bool, backing: bool, called: str =
             ) from None
         if not name:
             break
-        chain.append(_next(chain, name, form, called))
+        chain.append(_next(chain, name, form, called, user))
         called = f"the backing file {_shown(chain[-1].path)}"
     return chain
 
@@ -280,8 +379,10 @@ def _shown(name: str) -> str:
     return repr(name)
 
 
-def _next(chain: Sequence[Layer], name: bytes, form: str, called: str) -> Layer:
-    """The image that the last one of ``chain`` names."""
+def _next(chain: Sequence[Layer], name: bytes, form: str, called: str, user: User | None) -> Layer:
+    """The image that the last one of ``chain`` names. The name is of somebody else's choice, so
+    ``user`` finds it.
+    """
     what = f"{called} has the backing file {_shown(os.fsdecode(name))}"
     # QEMU takes a word with a colon before the first slash for a protocol (path_has_protocol).
     if b"\0" in name or b":" in name.partition(b"/")[0]:
@@ -292,12 +393,17 @@ def _next(chain: Sequence[Layer], name: bytes, form: str, called: str) -> Layer:
             "say raw or qcow2: qemu-img rebase -u -F FORMAT -b FILE IMAGE",
         )
     directory = os.path.dirname(chain[-1].path)
-    path = os.path.realpath(os.path.join(directory, os.fsdecode(name)))
+    path = os.path.join(directory, os.fsdecode(name))
     try:
-        image = Image(path, writable=False, device=False)
+        with _acting_as(user):
+            path = os.path.realpath(path)
+            image = Image(path, writable=False, device=False)
     except OSError as e:
-        problem = f"{what}: {_shown(path)}: {e.strerror}"
-        raise DiskError(problem, "put it there, or allow it") from e
+        whom, way = "", ""
+        if user is not None:
+            whom, way = f" for user {user[0]}", " by chmod, with the directories above"
+        problem = f"{what}: {_shown(path)}: {e.strerror}{whom}"
+        raise DiskError(problem, f"put it there, or allow it{way}") from e
     if image.device:
         raise DiskError(f"{what}, which is a device", "only files are taken")
     if any(layer.image.identity == image.identity for layer in chain):

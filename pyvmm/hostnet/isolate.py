@@ -9,13 +9,15 @@ util-linux' mount(8) can do this from 2.39 on (``mount -o bind,ro=recursive``), 
 from __future__ import annotations
 
 import os
+from stat import S_ISLNK
 
+from pyvmm import helper
 from pyvmm._ext import ffi, lib
 from pyvmm.hostnet import userns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
 
 #: Where a directory to be shared is in the new namespace: on a file system of its own, in the place
@@ -28,7 +30,11 @@ SYSTEM = ("usr", "lib", "lib64", "etc/ld.so.cache", "dev/null")
 
 
 def enclose(
-    files: Mapping[str, tuple[str, bool]], made: Mapping[str, tuple[str, bytes]], *, owned: bool
+    files: Mapping[str, tuple[str, bool]],
+    made: Mapping[str, tuple[str, bytes]],
+    *,
+    owned: bool,
+    collected: int = -1,
 ) -> None:
     """Move this process, which executes another program next, to namespaces of its own. Its root
     directory is in memory, and has the system's programs and libraries, read-only, and ``files``.
@@ -40,11 +46,15 @@ def enclose(
     :param made: by their names in the new root: a directory in which a file is made that ends with
         the process, and what is in the file at first.
     :param owned: all files belong to this user, so that no capability is needed.
+    :param collected: the mount of ``collect`` that has the files, if this process has no such
+        paths; lent.
     :raises OSError: a file has been replaced by a link; or as ``protect``.
     """
     own_mounts()
-    found = {name: open_found(path) for name, (path, _) in files.items()}
-    userns.check(lib.mount(b"none", STAGE.encode(), b"tmpfs", 0, b"mode=755"), f"mount {STAGE}")
+    if collected < 0:
+        _furnish(files, made)
+    else:
+        attach(collected, STAGE)
     for name in SYSTEM:
         source, target = f"/{name}", f"{STAGE}/{name}"
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -56,19 +66,6 @@ def enclose(
         elif os.path.exists(source):
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
             bind(source, target)
-    for name, fd in found.items():
-        _show(fd, f"{STAGE}/{name}")
-    for name, (directory, data) in made.items():
-        # A file that has no name any more cannot be bound.
-        path = f"{directory}/pyvmm-{os.urandom(8).hex()}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(fd, rest) :]
-            _show(fd, f"{STAGE}/{name}")
-        finally:
-            os.unlink(path)
     writable = [name for name, (_, may) in files.items() if may] + list(made)
     _write_protect(but=[f"{STAGE}/{name}" for name in writable], root=STAGE)
     userns.unshare(lib.CLONE_NEWNET | lib.CLONE_NEWIPC)
@@ -80,13 +77,81 @@ def enclose(
             raise OSError(-failed, f"enter {STAGE}: {os.strerror(-failed)}")
 
 
+def _furnish(
+    files: Mapping[str, tuple[str, bool]],
+    made: Mapping[str, tuple[str, bytes]],
+    owner: tuple[int, int] | None = None,
+) -> None:
+    """Mount a directory in memory at ``STAGE``, with files as for ``enclose``.
+
+    :param owner: user and group to whom the directory and ``made`` belong; None: this process's.
+    """
+    found = {name: open_found(path) for name, (path, _) in files.items()}
+    userns.check(lib.mount(b"none", STAGE.encode(), b"tmpfs", 0, b"mode=755"), f"mount {STAGE}")
+    for name, fd in found.items():
+        _show(fd, f"{STAGE}/{name}")
+    for name, (directory, data) in made.items():
+        # A file that has no name any more cannot be bound.
+        path = f"{directory}/pyvmm-{os.urandom(8).hex()}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            if owner is not None:
+                os.fchown(fd, *owner)
+            _show(fd, f"{STAGE}/{name}")
+        finally:
+            os.unlink(path)
+    if owner is not None:
+        os.chown(STAGE, *owner)
+
+
+def collect(
+    files: Mapping[str, tuple[str, bool]],
+    made: Mapping[str, tuple[str, bytes]],
+    *,
+    owner: tuple[int, int],
+    devices: Container[str] = (),
+) -> int:
+    """What a process of another user, which has none of the host's files, needs for ``enclose``: as
+    ``detach``, of a directory in memory that has nothing but the files. The caller is root's.
+
+    :param files, made: as for ``enclose``. :param owner: user and group of the other process.
+    :param devices: names of devices among the files, which may be opened as such.
+    :returns: the caller's descriptor.
+    :raises OSError: as ``enclose``.
+    """
+
+    def inside() -> tuple[list[str], list[int]]:
+        own_mounts()
+        _furnish(files, made, owner)
+        for name in (*files, *made):
+            attributes = lib.MOUNT_ATTR_NOSUID
+            attributes |= 0 if name in devices else lib.MOUNT_ATTR_NODEV
+            attributes |= 0 if name in made or files[name][1] else lib.MOUNT_ATTR_RDONLY
+            set_attr(f"{STAGE}/{name}", {"attr_set": attributes}, 0)
+        return [], [_clone(lib.AT_FDCWD, STAGE, lib.AT_RECURSIVE)]
+
+    return helper.in_child(inside, "the child that collects files")[1][0]
+
+
+def _clone(directory: int, path: str, flags: int) -> int:
+    """A copy of a mount, attached nowhere. :raises OSError: from open_tree(2)."""
+    flags |= lib.OPEN_TREE_CLONE | lib.OPEN_TREE_CLOEXEC
+    fd: int = lib.pv_open_tree(directory, os.fsencode(path), flags)
+    userns.check(min(fd, 0), f"open_tree {path}")
+    return fd
+
+
 def open_found(path: str) -> int:
     """A descriptor that names the file at ``path``, through no symbolic link.
 
     :raises OSError: there is a link, or no file.
     """
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if os.readlink(f"/proc/self/fd/{fd}") != path:
+    if S_ISLNK(os.fstat(fd).st_mode) or os.readlink(f"/proc/self/fd/{fd}") != path:
+        os.close(fd)
         raise OSError(f"{path} has been replaced")
     return fd
 
@@ -118,9 +183,7 @@ def detach(path: str, *, writable: bool) -> int:
     """
     place = open_found(path)
     try:
-        flags = lib.AT_EMPTY_PATH | lib.OPEN_TREE_CLONE | lib.OPEN_TREE_CLOEXEC
-        fd: int = lib.pv_open_tree(place, b"", flags)
-        userns.check(min(fd, 0), f"open_tree {path}")
+        fd = _clone(place, "", lib.AT_EMPTY_PATH)
     finally:
         os.close(place)
     attributes = lib.MOUNT_ATTR_NOSUID | lib.MOUNT_ATTR_NODEV

@@ -90,6 +90,7 @@ REASONS = {
     ("docs/vhost-user.md", "dpdk-testpmd"): "needs DPDK, see test_dpdk",
     ("docs/jail.md", "sudo pyvmm"): "needs a bridge and a kernel of somebody's",
     ("docs/jail.md", "sudo systemd-run"): "needs systemd and a kernel of somebody's",
+    ("docs/jail.md", "truncate"): "needs an image of somebody's, see tests/boot/test_jail.py",
     ("docs/watch.md", "ssh -t -L"): "needs a machine named server",
 }
 VM0 = (

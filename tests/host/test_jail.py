@@ -16,12 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pyvmm import jail
+from pyvmm.diskopt import Disk
 from pyvmm.errors import ShareError, UsageError
-from pyvmm.host import cgroup, virtiofsd
+from pyvmm.host import cgroup, storage_daemon, virtiofsd
 from pyvmm.jailopt import Jail
 from tests.driver import wait_for
 from tests.host.taps import own_tap
@@ -29,6 +31,7 @@ from tests.host.test_confined import status_of, threads
 from tests.host.test_sandbox import ask, busy, running
 from tests.inject import EXECVE
 from tests.strangers import BECOME, let_in, need_readable_checkout
+from tests.unit.test_disk import qcow2_image, raw_image, with_backing
 
 ROOT = Path(__file__).parents[2]
 Guest = Callable[[str], str]
@@ -425,6 +428,244 @@ def test_who_serves_a_directory(guest: Guest, directory_of_all_sorts: Path, wher
     assert (directory_of_all_sorts / "public").read_text() == "public"
 
 
+DISK = """
+import os, sys
+from pyvmm.diskopt import Disk
+from pyvmm.jail import Cell
+from pyvmm.jailopt import Jail
+from tests.unit.test_disk import Asking, content
+jail = Jail(sys.argv[1])
+disk = Disk.parse(sys.argv[2])
+mounts = disk.detach((jail.uid, jail.gid))
+def body():
+    print(os.path.exists(disk.file))
+    disk.begin()
+    with Asking(disk) as guest:
+        print(guest.read(3) == content(3))
+        print(guest.write(5, b"new!" * 128), guest.read(5) == b"new!" * 128)
+    return 0
+with Cell(jail) as cell:
+    sys.exit(cell.run(body, files=(), keep=(), mounts=mounts))
+"""
+needs_daemon = pytest.mark.skipif(
+    not any(os.access(path, os.X_OK) for path in storage_daemon.PLACES),
+    reason="needs qemu-storage-daemon",
+)
+
+
+def ask_disk(option: str) -> subprocess.CompletedProcess[str]:
+    """A driver in a jail asks a disk."""
+    return subprocess.run(
+        [sys.executable, "-c", DISK, f"{USER}:{GROUP}", option],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory that only root may enter, with images: ``own`` is the jail's user's, everybody
+    may read ``public``, and only root ``private``. Temporary files are made where only root may,
+    and none of them is left.
+    """
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    directory = tmp_path / "images"
+    for path in (directory, tmp_path / "scratch"):
+        path.mkdir(mode=0o700)
+    for name in ("own.raw", "public.raw", "private.raw"):
+        raw_image(directory / name)
+    os.chown(directory / "own.raw", USER, GROUP)
+    (directory / "own.raw").chmod(0o600)
+    (directory / "private.raw").chmod(0o600)
+    yield directory
+    assert not names(str(tmp_path / "scratch"))
+
+
+@needs_daemon
+@pytest.mark.parametrize(
+    ("option", "written", "kept"),
+    [
+        ("own.raw", 0, True),
+        ("own.raw,ro=on", 1, False),
+        ("own.raw,snapshot=on", 0, False),
+        ("public.raw,ro=on", 1, False),
+        ("public.raw,snapshot=on", 0, False),
+    ],
+)
+def test_what_a_guest_there_has_of_a_disk(
+    images: Path, option: str, written: int, kept: bool
+) -> None:
+    """What the jail's user may do with the image, wherever the image is."""
+    name = option.partition(",")[0]
+    before = (images / name).read_bytes()
+    done = ask_disk(f"{images}/{option}")
+    assert done.stdout.splitlines() == ["False", "True", f"{written} {not written}"], done
+    after = (images / name).read_bytes()
+    assert after[:2560] == before[:2560] and after[3072:] == before[3072:]
+    assert after[2560:3072] == (b"new!" * 128 if kept else before[2560:3072])
+
+
+@needs_daemon
+def test_a_chain_of_images_in_a_jail(images: Path) -> None:
+    """The user finds backing files by their names, because these names are an image's."""
+    theirs = images.parent / "theirs"
+    theirs.mkdir()
+    let_in(theirs)
+    top = theirs / "top.qcow2"
+    (theirs / "link.raw").symlink_to("base.raw")
+    for name in (b"base.raw", b"link.raw"):
+        base = raw_image(theirs / "base.raw")
+        qcow2_image(top, with_backing(name, b"raw"))
+        os.chown(top, USER, GROUP)
+        before = base.read_bytes()
+        done = ask_disk(f"{top},backing=on")
+        assert done.stdout.splitlines() == ["False", "True", "0 True"], done
+        assert base.read_bytes() == before
+        base.chmod(0o600)
+        done = ask_disk(f"{top},backing=on")
+        assert f"base.raw': Permission denied for user {USER}; put it there, or allow it" in (
+            done.stderr
+        ), done
+        base.unlink()
+    for other in ("public.raw", "private.raw"):
+        qcow2_image(top, with_backing(str(images / other).encode(), b"raw"))
+        done = ask_disk(f"{top},backing=on")
+        assert f"{other}': Permission denied for user {USER}" in done.stderr, done
+        assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("public.raw", f"allow it by chown {USER} or chmod, or add ro=on or snapshot=on"),
+        ("private.raw", f"allow it by chown {USER} or chmod"),
+        ("private.raw,ro=on", f"allow it by chown {USER} or chmod"),
+        ("private.raw,snapshot=on", f"allow it by chown {USER} or chmod"),
+    ],
+)
+def test_an_image_that_the_user_may_not_have(
+    guest: Guest, images: Path, option: str, remedy: str
+) -> None:
+    done = run(*hello(guest, "--disk", f"{images}/{option}", "--report", f"{images}/r.json"))
+    name = option.partition(",")[0]
+    line = f"pyvmm: --disk {images}/{name}: Permission denied for user {USER}; {remedy}\n"
+    assert (done.returncode, done.stderr) == (133, line), done
+    assert not (images / "r.json").exists()
+
+
+def test_a_snapshot_without_a_place(
+    guest: Guest, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/no/such")
+    done = run(*hello(guest, "--disk", f"{images}/public.raw,snapshot=on"))
+    assert (done.returncode, done.stderr.count("\n")) == (133, 1), done
+    assert "no directory /no/such for a snapshot; set TMPDIR to another one" in done.stderr
+
+
+@needs_daemon
+@pytest.mark.parametrize("key", ["", ",snapshot=on"])
+def test_who_serves_a_disk(guest: Guest, images: Path, key: str) -> None:
+    """A process of the jail's user in the jail, confined as without one, whose root directory has
+    the image. No other process of the jail has the image.
+    """
+    disk = ["--disk", f"{images}/own.raw{key}"]
+    with jailed(guest, "--sandbox", "on", *disk) as (outside, pid):
+        processes = below(outside.pid)
+        (server,) = [p for p in processes if named(p) == "qemu-storage-da"]
+        assert wait_for(lambda: status_of(server, "Seccomp") == "2")
+        assert status_line(server, "Uid") == [str(USER)] * 4
+        assert status_line(server, "Gid") == [str(GROUP)] * 4
+        assert status_line(server, "Groups") == []
+        for field in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert status_line(server, field) == ["0" * 16], field
+        assert status_line(server, "NoNewPrivs") == ["1"]
+        assert Path(f"/proc/{server}/uid_map").read_text().split() == ["0", str(USER), "1"]
+        for kind in ("pid", "uts", "cgroup", "mnt", "net", "ipc", "user"):
+            ours, theirs = (Path(f"/proc/{p}/ns/{kind}").readlink() for p in (pid, server))
+            assert (ours == theirs) == (kind in ("pid", "uts", "cgroup")), kind
+        root = f"/proc/{server}/root"
+        overlay = {"overlay"} if key else set()
+        system = {"usr", "lib", "lib64", "dev", "etc"}
+        assert names(root) - system == {"image"} | overlay
+        with pytest.raises(OSError, match="Read-only file system"):
+            Path(root, "new").touch()
+        for name in overlay:
+            info = Path(root, name).stat()
+            assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (USER, GROUP, 0o600)
+            assert info.st_nlink == 0
+        if key:
+            with pytest.raises(OSError, match="Read-only file system"):
+                os.truncate(f"{root}/image", 0)
+        for one in processes:
+            assert not directories_open(one), one
+            if one != server:
+                held = [str(fd.readlink()) for fd in Path(f"/proc/{one}/fd").iterdir()]
+                assert not any(name.endswith(("image", "own.raw")) for name in held), held
+                assert not {"image"} & names(f"/proc/{one}/root")
+                assert "own.raw" not in Path(f"/proc/{one}/mountinfo").read_text()
+
+
+@needs_daemon
+def test_a_daemon_that_is_killed_is_told(guest: Guest, images: Path) -> None:
+    """The guest goes on, and the verdict says it."""
+    name = f"jail-{os.getpid()}"
+    with jailed(guest, "--name", name, "--disk", f"{images}/own.raw") as (outside, _):
+        (server,) = [p for p in below(outside.pid) if named(p) == "qemu-storage-da"]
+        os.kill(server, signal.SIGKILL)
+        assert wait_for(lambda: not Path(f"/proc/{server}").exists())
+        argv = [*PYVMM, "quit", "--host", "local", name]
+        subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+        _, err = outside.communicate(timeout=PATIENCE)
+    what = "has broken off: qemu-storage-daemon was killed by SIGKILL"
+    assert f"the disk {images}/own.raw {what}" in err and outside.returncode == 133, err
+
+
+@needs_daemon
+@pytest.mark.parametrize("whom", ["outside", "first", "vmm"])
+def test_a_daemon_ends_with_the_jail(guest: Guest, images: Path, whom: str) -> None:
+    mounts = Path("/proc/self/mountinfo").read_text()
+    disk = ["--disk", f"{images}/own.raw,snapshot=on"]
+    with jailed(guest, *disk) as (outside, pid):
+        processes = below(outside.pid)
+        assert "qemu-storage-da" in map(named, processes)
+        os.kill({"outside": outside.pid, "first": processes[0], "vmm": pid}[whom], signal.SIGKILL)
+        outside.communicate(timeout=PATIENCE)
+        assert wait_for(lambda: not any(Path(f"/proc/{p}").exists() for p in processes))
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+def test_an_image_that_is_replaced_after_the_look(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another file has got the name of is not given to the jail: no link, and no other file,
+    either.
+    """
+    image = images / "own.raw"
+    look = storage_daemon.layers
+    replaced: list[Callable[[], object]] = [
+        lambda: image.symlink_to(images / "private.raw"),
+        lambda: image.hardlink_to(images / "private.raw"),
+    ]
+    for replace in replaced:
+        disk = Disk(image)
+
+        def layers(*args: Any, **more: Any) -> Any:
+            found = look(*args, **more)
+            image.rename(images / "before")
+            replace()  # noqa: B023
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage_daemon, "layers", layers)
+            with pytest.raises(OSError, match="has been replaced"):
+                disk.detach((USER, GROUP))
+        (images / "before").rename(image)
+        assert os.geteuid() == 0 and os.getegid() == 0
+
+
 def test_a_directory_is_no_file(guest: Guest, tmp_path: Path) -> None:
     """A link in the place of a kernel does not give the jail what it leads to."""
     (tmp_path / "all").mkdir()
@@ -721,10 +962,13 @@ def test_a_kernel_s_process_is_killed(guest: Guest) -> None:
     assert not any(Path(f"/proc/{p}").exists() for p in processes)
 
 
+#: A file that everybody may read, as a disk.
+PUBLIC = ["--disk", f"{ROOT}/pyproject.toml,format=raw,snapshot=on"]
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        (["--disk", "/x.raw"], "--disk and --jail: a jail has no file of the host to write"),
         (["--net", "user"], "has none of the host's network"),
         (["--net", "vhost-vdpa"], "makes and maps devices"),
         (["--net", "vhost-user,tap=t0"], "only emulated and vhost-net"),
@@ -735,6 +979,8 @@ def test_a_kernel_s_process_is_killed(guest: Guest) -> None:
         (["--jail", "root"], "is no user for a jail"),
         (["--jail", "1,memory=8M"], "use at least 100M"),
         (["--jail", "1,pids=3"], "use at least 41"),
+        (["--jail", "1,memory=150M", *PUBLIC], "use at least 156M: pyvmm and its back-ends take"),
+        (["--jail", "1,pids=100", *PUBLIC], "use at least 123"),
         (["--jail", "1,cpus=0"], "from 0.01 on"),
         (["--jail", "1,swap=1"], "unknown key 'swap'; keys: memory, cpus, pids"),
     ],

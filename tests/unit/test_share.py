@@ -469,13 +469,14 @@ def test_a_back_end_that_dies_is_replaced(
         *((OSError(n, os.strerror(n)), "root of the host") for n in (errno.EPERM, errno.ENOSYS)),
         (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), "name it again"),
         (OSError("/x has been replaced"), "name it again"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device$"),
     ],
 )
 def test_what_to_do_about_a_share_that_a_jail_cannot_have(error: OSError, remedy: str) -> None:
-    def fail() -> list[int]:
+    def fail(user: object) -> list[int]:
         raise error
 
     device: Any = SimpleNamespace(socket="/x", detach=fail, attached=lambda: None)
     with ExitStack() as stack, pytest.raises(JailError, match=remedy) as told:
-        take_mounts([device], stack, [])
+        take_mounts([device], (1, 1), stack, [])
     assert str(error.strerror or error) in str(told.value)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import ExitStack
 
-    from pyvmm.devopt import Device
+    from pyvmm.devopt import Device, User
     from pyvmm.jailopt import Jail
 
 #: Directories in which many have files, besides those with the sticky bit.
@@ -30,6 +30,8 @@ SHARED = ("/", "/run", "/tmp", "/var", "/var/run", "/var/tmp", "/dev", "/dev/shm
 OUTSIDE = ("tap", "bridge", "macvtap", "host")
 #: What mount calls answer if this root may not mount, or the kernel or a sandbox has no such call.
 FORBIDDEN = (errno.EPERM, errno.EACCES, errno.ENOSYS)
+#: What is raised if a name leads elsewhere by now, or nowhere; without a number it says so itself.
+REPLACED = (None, 0, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def run_in(
@@ -61,29 +63,32 @@ def run_in(
     return status
 
 
-def take_mounts(devices: Iterable[Device], stack: ExitStack, files: list[str]) -> list[int]:
+def take_mounts(
+    devices: Iterable[Device], user: User, stack: ExitStack, files: list[str]
+) -> list[int]:
     """Open the files and directories of the host that back-ends of ours serve, as root may; what
     the back-end may do with them there depends on the jail's user.
 
-    :param stack: closes them. :param files: gets what else the back-ends need in the jail.
+    :param user: of the jail. :param stack: closes them.
+    :param files: gets what else the back-ends need in the jail.
     :returns: descriptors of mounts. :raises JailError: there can be none.
+    :raises PyvmmError: the user may not have what a back-end serves.
     """
     mounts: list[int] = []
     for device in devices:
         stack.callback(device.attached)
         try:
-            mounts += device.detach()
+            mounts += device.detach(user)
+            files += device.needs()
         except OSError as e:
             raise JailError(
                 f"{device.socket} cannot be had in a jail: {e.strerror or e}",
                 "it takes root of the host, or of a container that may mount"
                 if e.errno in FORBIDDEN
-                else "name it again: it may have been replaced",
+                else "name it again: it may have been replaced"
+                if e.errno in REPLACED
+                else "",
             ) from e
-    if mounts:
-        from pyvmm.host import shim
-
-        files.append(shim.place())
     return mounts
 
 
