@@ -1,9 +1,10 @@
 """The limits of a jail, in the testbed, whose root may make cgroups (v2) wherever the tests run.
-Directories of the host in a jail, read by a guest of Linux.
+Directories and disks of the host in a jail, used by a guest of Linux.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.boot.guest import PATIENCE, PYVMM, Host
+from pyvmm.host import qcow2
+from tests.boot.guest import PATIENCE, PYVMM, Host, Run
+from tests.boot.test_disk import daemons
+from tests.strangers import let_in
+from tests.unit.test_disk import with_backing
 
 ROOT = Path(__file__).parents[2]
 GROUPS = "/sys/fs/cgroup/pyvmm"
@@ -252,3 +257,84 @@ def test_a_root(host: Host, nothing_left: None) -> None:
     result = host.run(*argv, "--root", "/", "--", "sh", "-c", look, timeout=5 * PATIENCE)
     assert (result.status, result.out) == (1, "0\nroot"), result
     assert "/etc/shadow: Permission denied" in result.err, result
+
+
+MIB = 1 << 20
+#: In the guest: a file system on a file and on a block device, a base below a snapshot, and an
+#: image that can only be read.
+DISKS = r"""
+for disk in vda vdb; do
+    mke2fs /dev/$disk >/dev/null && mount /dev/$disk /mnt && echo $disk >/mnt/file
+    umount /mnt && echo made
+done
+tail -c 5 /dev/vdc; printf thrown >/dev/vdc && sync && head -c 6 /dev/vdc; echo
+printf no | dd of=/dev/vdd conv=notrunc; head -c 5 /dev/vdd; echo
+echo ready
+read_again() { echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda of=/dev/null count=1; }
+while read_again; do sleep 0.1; done 2>/dev/null
+echo gone; head -c 5 /dev/vdd
+"""
+
+
+@pytest.fixture
+def block_device(host: Host, tmp_path: Path) -> Iterator[str]:
+    """A block device of the jail's user."""
+    (tmp_path / "device").touch()
+    os.truncate(tmp_path / "device", 12 * MIB)
+    name = host.sh(f"modprobe loop; losetup -f --show {tmp_path}/device").strip()
+    host.sh(f"chown {USER} {name} && chmod 600 {name}")
+    yield name
+    host.sh(f"chown 0 {name} && losetup -d {name}")
+
+
+def test_disks_and_a_daemon_that_dies(
+    host: Host, nothing_left: None, tmp_path: Path, block_device: str
+) -> None:
+    """In one jail: an image of the user's and a block device, which keep what the guest writes, a
+    chain of images of root's, and one that is only read. The daemons count for the limits. The
+    death of one is told.
+    """
+    let_in(tmp_path)
+    own, above, base, given = (tmp_path / name for name in ("own", "above", "base", "given"))
+    own.touch()
+    os.truncate(own, 8 * MIB)
+    own.chmod(0o600)
+    os.chown(own, USER, USER)
+    base.write_bytes(b"based".rjust(16 * MIB, b"\0"))
+    image = bytearray(qcow2.empty(16 * MIB))
+    with_backing(b"base", b"raw")(image)
+    above.write_bytes(image)
+    given.write_bytes(b"given".ljust(4 * MIB, b"\0"))
+    # The testbed may still know the directories as they were.
+    as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    host.wait_until(
+        lambda: not host.run(*as_user, "test", "-r", str(base)).status, f"{base} is not readable"
+    )
+    verdict = tmp_path / "verdict"
+    args = ["--jail", f"{USER},memory=600M,cpus=2,pids=400", "--net", "none"]
+    for disk in (
+        f"{own},format=raw",
+        f"{block_device},format=raw",
+        f"{above},format=qcow2,snapshot=on,backing=on",
+        f"{given},format=raw,ro=on",
+    ):
+        args += ["--disk", disk]
+    with Run(host, *args, "--json", str(verdict), "--", "sh", "-c", DISKS) as run:
+        run.expect("^ready$")
+        found = daemons(host)
+        assert len(found) == 4, found
+        members = host.sh(f"cat {GROUPS}/*-*/cgroup.procs").split()
+        owners = host.sh(f"stat -c %u {' '.join(f'/proc/{pid}' for pid in found.values())}")
+        assert set(found.values()) <= set(members) and set(owners.split()) == {str(USER)}
+        host.sh(f"kill -9 {found[str(8 * MIB)]}")
+        assert run.wait() == 133, repr(run)
+    assert run.out.splitlines() == [
+        *("made", "made", "basedthrown", "given", "ready", "gone", "given")
+    ], repr(run)
+    assert json.loads(verdict.read_text())["verdict"] == "disk"
+    assert f"the disk {own} has broken off: qemu-storage-daemon was killed by SIGKILL" in run.err
+    assert base.read_bytes().endswith(b"\0based") and above.read_bytes() == image
+    assert given.read_bytes()[:5] == b"given"
+    for disk, name in ((str(own), "vda"), (block_device, "vdb")):
+        assert host.sh(f"debugfs -R 'cat /file' {disk} 2>/dev/null") == f"{name}\n"
+    assert not daemons(host) and host.run("ls", GROUPS).status != 0
