@@ -17,7 +17,13 @@ from pyvmm._ext import lib
 from pyvmm.errors import NetForbidden
 from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet import macvtap, userns
-from pyvmm.hostnet.rtnetlink import Link, forward_from, route_default, route_socket
+from pyvmm.hostnet.rtnetlink import (
+    Link,
+    forward_from,
+    route_default,
+    route_socket,
+    set_queue_length,
+)
 from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap, index_of
 from pyvmm.programs import program
 
@@ -119,14 +125,16 @@ def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
             address=address or None,
             address6=address6 or None,
             mtu=int(mtu) if mtu else None,
-            txqueuelen=int(txqueuelen),
+            txqueuelen=None,
         )
         fds = [os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
         if not root:
             fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
         sockets = [route_socket(), route_socket(lib.RTMGRP_LINK)]
+        index = Interface(name).index
+        set_queue_length(sockets[0], index, int(txqueuelen))
         out = _make_way_out(sockets[0], tap, own, gateway) if own else []
-        said = ["root" if root else "user", str(tap.mtu), str(Interface(name).index)]
+        said = ["root" if root else "user", str(tap.mtu), str(index)]
         return said, fds + [fd.fileno() for fd in (*sockets, *tap.fds, *out)]
 
     for root in (True, False) if os.geteuid() == 0 else (False,):

@@ -103,6 +103,17 @@ def forward_from(sock: Fd, index: int) -> None:
     _request(sock, lib.RTM_SETLINK, 0, body)
 
 
+def set_queue_length(sock: Fd, index: int, frames: int) -> None:
+    """Change how many frames may wait for an interface. The ioctl for it (SIOCSIFTXQLEN) takes root
+    of the host, this root of the namespace.
+
+    :param sock: an rtnetlink socket. :param index: the number of the interface.
+    :raises OSError: the kernel's answer.
+    """
+    wanted = attribute(lib.IFLA_TXQLEN, struct.pack("=I", frames))
+    _request(sock, lib.RTM_SETLINK, 0, IFINFO.pack(0, 0, index, 0, 0) + wanted)
+
+
 def route_default(sock: Fd, index: int, gateway: str) -> None:
     """Make an IPv4 default route.
 

@@ -433,6 +433,8 @@ class Tap:
         (IFF_MULTI_QUEUE if there are several).
     :param address, address6: of the host's end, with prefix length. :param mtu: bytes; the default
         leaves the MTU as it is.
+    :param txqueuelen: frames that may wait, of a tap that this object makes; None leaves the
+        kernel's choice.
     :param adopted: see ``adopt``.
     :ivar created: whether this object made the interface.
     :ivar mirrored: whether the interface sends what the guest sends, as a macvtap does; a tap
@@ -452,7 +454,7 @@ class Tap:
         address: str | None = None,
         address6: str | None = None,
         mtu: int | None = None,
-        txqueuelen: int = TXQUEUELEN,
+        txqueuelen: int | None = TXQUEUELEN,
         adopted: Adopted | None = None,
     ) -> None:
         if (
@@ -486,7 +488,7 @@ class Tap:
                 self.fds.append(self._open(queues > 1))
             if mtu is not None:
                 self._interface.set_mtu(mtu)
-            if self.created:
+            if self.created and txqueuelen is not None:
                 self._interface.set_txqueuelen(txqueuelen)
             for one in (address, address6):
                 if one is not None:

@@ -932,6 +932,15 @@ def test_back_ends(guest: Guest, tmp_path: Path) -> None:
             backend.wait(PATIENCE)
 
 
+def test_a_card_that_can_be_switched(guest: Guest, tmp_path: Path) -> None:
+    """Its tap has room for the frames of a switch, which takes no root of the host."""
+    report = tmp_path / "r.json"
+    done = run("--kernel", guest("pcinet"), "--memory", "4M", "--append", "count=20",
+               "--net", "emulated,switchable=vhost-user", "--report", str(report))  # fmt: skip
+    assert done.returncode == 0, done
+    assert json.loads(report.read_text())["nets"][0]["mode"] == "emulated"
+
+
 def test_kernels(guest: Guest, tmp_path: Path) -> None:
     """``pyvmm test`` runs all of them in one jail, each in a confined process."""
     report = tmp_path / "t.json"

@@ -35,7 +35,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
 from tests.descriptors import open_fds
 from tests.driver import PATIENCE, Events, NetDriver, wait_for
-from tests.strangers import need_readable_checkout
+from tests.strangers import BECOME, need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 #: linux/udp.h
@@ -152,6 +152,23 @@ def test_a_namespace_has_its_tap_up_and_addressed(namespace: Namespace) -> None:
     assert show.count("UP") >= 2  # lo, too
     with namespace.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:
         s.bind(("fd00:91::1", 0))
+
+
+ROOM = """
+from pyvmm.hostnet.netns import Namespace
+with Namespace(txqueuelen=7777) as namespace:
+    namespace.run(["ip", "link", "show", "tap0"], check=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+@pytest.mark.parametrize("become", [[], BECOME], ids=["root", "nobody"])
+def test_how_many_frames_may_wait(become: list[str]) -> None:
+    """Whoever may make a namespace says it, also who is no root of the host's."""
+    need_readable_checkout()
+    argv = [*become, sys.executable, "-c", ROOM]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env={"HOME": "/"})
+    assert " qlen 7777" in done.stdout, done
 
 
 def test_making_a_namespace_changes_neither_ours_nor_that_of_other_threads() -> None:
