@@ -472,9 +472,9 @@ def _check_jail(args: argparse.Namespace) -> None:
                 f"{way}: a jail has none of the host's network to reach",
                 "give the card a tap or a bridge: --net emulated,bridge=br0",
             )
-        if "vhost-vdpa" in modes:
+        if "vhost-vdpa" in modes and not net.device:
             raise UsageError(
-                f"{what}: vhost-vdpa makes and maps devices of the host", "leave one of them out"
+                f"{what}: a jail can make no vDPA device", "name one of the host's: device="
             )
         if net.server:
             raise UsageError(
@@ -501,7 +501,13 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
     :param kept: descriptors of files that the command line names.
     """
     from pyvmm.assembly import extra_archive, initrd_files, packed_files
-    from pyvmm.cli.support.jailed import run_in, socket_place, take_mounts, take_taps
+    from pyvmm.cli.support.jailed import (
+        run_in,
+        socket_place,
+        take_mounts,
+        take_taps,
+        take_vdpa,
+    )
     from pyvmm.images import directory
     from pyvmm.jail import need_root
 
@@ -524,6 +530,8 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
             print(f"pyvmm: jail: {args.jail.text}", file=sys.stderr)
         keep = [*kept, *outputs.filenos()]
         keep += [fd for net in _nets(args) for fd in net.fds]
+        given = take_vdpa(_nets(args), stack)
+        keep += [device.fileno() for device in given]
         mounts = take_mounts(want.devices, (args.jail.uid, args.jail.gid), stack, files)
         claim = None
         if (qmp := _qmp(args)) is not None:
@@ -535,6 +543,10 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
 
         def body() -> int:
             outputs.leave_files()
+            if given:
+                from pyvmm.datapath.vdpa_device import take
+
+                take(given)
             if claim is not None:
                 claim.leave_name()
             return _here(args, outputs, claim, mounts)

@@ -101,6 +101,37 @@ def driver(name: str) -> str:
         return ""
 
 
+class Given(VhostFd):
+    """A vDPA device that is opened for a process that may not open it: in a jail. It stays open, so
+    nobody else can have it, and no other device gets its number.
+
+    :param device: what the user calls it, see ``find``.
+    :ivar path, name: as of ``Vdpa``.
+    :ivar owned: whether the kernel takes it for this process's. :ivar used: there is a ``Vdpa``
+        of it.
+    :raises VdpaError: it cannot be found or opened, or is none.
+    """
+
+    def __init__(self, device: str) -> None:
+        (self.path, self.name), (fd,) = open_described([device])
+        super().__init__(self.path, fd=fd)
+        self.device, self.owned, self.used = device, False, False
+        try:
+            self.number("VHOST_VDPA_GET_DEVICE_ID", "uint32_t")
+        except HostError as e:
+            self.close()
+            raise VdpaError(f"{self.path}: {e.cause}", "is it a vhost-vdpa device?") from e
+
+
+#: By what the user calls them.
+_given: dict[str, Given] = {}
+
+
+def take(given: Sequence[Given]) -> None:
+    """Use these devices by their descriptors, lent, from now on: in this process and its helper."""
+    _given.update({one.device: one for one in given})
+
+
 def open_described(words: list[str]) -> tuple[list[str], list[int]]:
     """Open a vDPA device; an operation of ``helper``.
 
@@ -108,6 +139,9 @@ def open_described(words: list[str]) -> tuple[list[str], list[int]]:
     :returns: the path, the device's name, or else the path's last part; and a descriptor.
     :raises VdpaError: it cannot be found or opened.
     """
+    given = _given.get(words[0])
+    if given is not None:
+        return [given.path, given.name], [os.dup(given.fileno())]
     path, name = find(words[0])
     try:
         return [path, name or os.path.basename(path)], [open_device(path)]
@@ -133,11 +167,24 @@ class Vdpa(VhostFd):
     :raises VdpaError: no such device, forbidden, in use, or no network card.
     """
 
+    #: Whose descriptor this one's is a copy of.
+    _lent: Given | None = None
+
     def __init__(self, device: str, recorder: Any = None) -> None:
+        self._lent = _given.get(device)
+        if self._lent is not None and self._lent.used:
+            raise VdpaError(*_why_not(self._lent.path, OSError(errno.EBUSY, "")))
         (self.path, self.name), (fd,) = helper.do("vdpa", device)
         super().__init__(self.path, recorder, fd)
+        self.iova, self.spaces = (0, 0), 0  # nothing is mapped yet
         try:
-            self.ioctl("VHOST_SET_OWNER")
+            if self._lent is None:
+                self.ioctl("VHOST_SET_OWNER")
+            else:
+                self._lent.used = True
+                if not self._lent.owned:
+                    self.ioctl("VHOST_SET_OWNER")
+                    self._lent.owned = True
             kind = self.number("VHOST_VDPA_GET_DEVICE_ID", "uint32_t")
             if kind != VIRTIO_ID_NET:
                 raise VdpaError(
@@ -162,6 +209,31 @@ class Vdpa(VhostFd):
         except BaseException:
             self.close()
             raise
+
+    def close(self) -> None:
+        """Release the device, with the memory that it was lent. A second call does nothing."""
+        given, self._lent = self._lent, None
+        try:
+            if given is not None:
+                self._forget()
+        finally:
+            super().close()
+            if given is not None:
+                given.used = False
+
+    def _forget(self) -> None:
+        """Leave the device as a new descriptor would find it, because this one is not the last."""
+        with suppress(HostError):  # a device that has died refuses the reset
+            self.set_status(0)
+        with suppress(HostError):
+            self.call_for_config(None)
+        first, last = self.iova
+        middle = 1 << 63  # a size has 64 bits
+        parts = [(first, min(last, middle - 1)), (max(first, middle), last)]
+        every = [(begin, end - begin + 1, 0) for begin, end in parts if begin <= end]
+        for space in range(self.spaces):
+            with suppress(HostError):  # the kernel knows of none that has no memory
+                self.unmap(every, space)
 
     def has(self, bit: int) -> bool:
         """Whether the kernel's side has a feature, VHOST_BACKEND_F_*."""

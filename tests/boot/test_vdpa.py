@@ -51,6 +51,10 @@ vdpa dev add name card1 mgmtdev pci/$card
 peer=$(ls /sys/bus/pci/devices/0000:00:1d.0/virtio*/net)
 ip addr add {nic_address(CABLE, "host")}/24 dev $peer; ip link set $peer up
 """
+USER = 65431
+JAIL = ("--jail", f"{USER},memory=600M,cpus=2,pids=200")
+#: The limit of locked memory that Debian has by default.
+LITTLE_LOCKED = ("prlimit", f"--memlock={8 << 20}:{8 << 20}")
 KICKS = "/sys/kernel/tracing/instances/kicks"
 
 
@@ -271,6 +275,48 @@ def test_card_after_a_reload_and_a_reboot(vdpa: Host) -> None:
         guest.log_in(start)
         check_tcp(guest, CABLE, megabytes=1)
         guest.leave()
+
+
+def test_simulator_in_a_jail(vdpa: Host) -> None:
+    """The device comes as a descriptor, and the jail can open no such device. Switches away and
+    back, and another driver, find nothing left in a device that has one descriptor all the time.
+    """
+    keys = "vhost-vdpa,device=sim0,switchable=emulated"
+    again = [*PYVMM, *["run", "--host", "local", "--net", "vhost-vdpa,device=sim0", "--", "true"]]
+    with Guest(vdpa, *JAIL, "--name", "sim", "--net", keys, wrapper=LITTLE_LOCKED) as guest:
+        jailed = vdpa.sh(f"pgrep -U {USER}").split()
+        assert len(jailed) >= 3
+        for pid in jailed:
+            assert "vhost-vdpa" not in vdpa.sh(f"ls /proc/{pid}/root/dev")
+        assert guest.do("cat /sys/class/net/eth0/address").strip() == SIM_MAC
+        for _ in range(2):
+            guest.do(f"arp -s 192.168.100.9 {SIM_MAC}")
+            check_return(guest, comes=True)
+            for old, new in (("vhost-vdpa", "emulated"), ("emulated", "vhost-vdpa")):
+                result = vdpa.run(*PYVMM, "switch", "--host", "local", "sim", new)
+                assert result.status == 0 and f"net0: {old} -> {new}, gap " in result.out, result
+                check_return(guest, comes=new == "vhost-vdpa")
+            reload_driver(guest)
+        refused = vdpa.run(*again)
+        assert refused.status == 125 and "in use by another process" in refused.err, refused
+        guest.leave()
+        assert guest.report["sandbox"] == "on"
+        assert guest.report["nets"][0]["vhost_vdpa"]["device"] == "sim0"
+    assert vdpa.run(*again).status == 0, "the device is free"
+
+
+def test_card_in_a_jail(vdpa: Host) -> None:
+    """It has its pages for kicks there, too."""
+    keys = f"vhost-vdpa,device=card1,guest={nic_address(CABLE, 'guest')}/24"
+    options = [*JAIL, "--on-reboot", "restart", "--net", keys]
+    with CardGuest(vdpa, *options, wrapper=LITTLE_LOCKED) as guest:
+        check_tcp(guest, CABLE, megabytes=1)
+        start = len(guest.stdout)
+        guest.type("echo b >/proc/sysrq-trigger\n")
+        guest.log_in(start)
+        check_tcp(guest, CABLE, megabytes=1)
+        guest.leave()
+        assert guest.report["nets"][0]["vhost_vdpa"]["notification_pages"] == 2
 
 
 def test_back_end(vdpa: Host, tmp_path: Path) -> None:

@@ -979,7 +979,8 @@ PUBLIC = ["--disk", f"{ROOT}/pyproject.toml,format=raw,snapshot=on"]
     ("args", "why"),
     [
         (["--net", "user"], "has none of the host's network"),
-        (["--net", "vhost-vdpa"], "makes and maps devices"),
+        (["--net", "vhost-vdpa"], "can make no vDPA device; name one of the host's: device="),
+        (["--net", "emulated,switchable=vhost-vdpa"], "can make no vDPA device"),
         (["--net", "vhost-user,tap=t0"], "only emulated and vhost-net"),
         (["--net", "vhost-user,socket=/x/y,server=on"], "nobody outside of a jail"),
         (["--trace-kernel", "--trace", "/dev/null"], "--trace-kernel and --jail"),
@@ -997,6 +998,21 @@ PUBLIC = ["--disk", f"{ROOT}/pyproject.toml,format=raw,snapshot=on"]
 def test_what_is_refused(guest: Guest, args: list[str], why: str) -> None:
     done = run(*hello(guest, *args))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert why in done.stderr, done
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        ("/no/such", "there is no vDPA device /no/such"),
+        ("no-such", "there is no vDPA device no-such"),
+        ("/dev/null", "is it a vhost-vdpa device?"),
+    ],
+)
+def test_no_vdpa_device(guest: Guest, device: str, why: str) -> None:
+    """What is no such device, root does not hand to a jail."""
+    done = run(*hello(guest, "--net", f"vhost-vdpa,device={device}"))
+    assert (done.returncode, done.stderr.count("\n")) == (125, 1), done
     assert why in done.stderr, done
 
 

@@ -24,12 +24,18 @@ from pyvmm.datapath import vdpa_device
 from pyvmm.datapath.base import RxFilter, Vring
 from pyvmm.datapath.vdpa_control import MEMORY, ControlQueue, commands, free_address
 from pyvmm.datapath.vdpa_device import Vdpa
+from pyvmm.datapath.vhost_device import VhostFd
 from pyvmm.datapath.vhost_vdpa import VhostVdpa, facts
 from pyvmm.errors import HostError, UsageError, VdpaError
 from pyvmm.fd import EventFd
 from pyvmm.netopt import Net
-from pyvmm.spec.virtio import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET
+from pyvmm.spec.virtio import (
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_ID_NET,
+)
 from tests import vhost_fake
+from tests.descriptors import open_fds
 from tests.driver import bits
 
 MAC, OTHER = bytes.fromhex("525411223344"), bytes.fromhex("525411223355")
@@ -315,6 +321,54 @@ def test_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         vdpa_device.find("card1")
     with pytest.raises(VdpaError, match="no vDPA device card2; devices: card0, card1"):
         vdpa_device.find("card2")
+
+
+def test_a_device_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened once, and used by its descriptor, by one card at a time. Nothing else of its
+    name is opened.
+    """
+    told: list[str] = []
+    opened: list[str] = []
+
+    def ioctl(device: VhostFd, name: str, arg: Any = ffi.NULL) -> Any:
+        told.append(name)
+        if name == "VHOST_VDPA_GET_DEVICE_ID":
+            arg[0] = VIRTIO_ID_NET
+        return arg
+
+    def open_device(path: str) -> int:
+        opened.append(path)
+        return os.open("/dev/null", os.O_RDWR)
+
+    monkeypatch.setattr(VhostFd, "ioctl", ioctl)
+    monkeypatch.setattr(vdpa_device, "open_device", open_device)
+    monkeypatch.setattr(vdpa_device, "_given", {})
+    before = open_fds()
+    with vdpa_device.Given("/dev/vhost-vdpa-3") as given:
+        vdpa_device.take([given])
+        for _ in range(2):
+            with Vdpa("/dev/vhost-vdpa-3") as device:
+                assert os.fstat(device.fileno()) == os.fstat(given.fileno())
+                with pytest.raises(VdpaError, match="vhost-vdpa-3 is in use by another process"):
+                    Vdpa("/dev/vhost-vdpa-3")
+            assert told[-2:] == ["VHOST_VDPA_SET_STATUS", "VHOST_VDPA_SET_CONFIG_CALL"]
+    assert told.count("VHOST_SET_OWNER") == 1 and opened == ["/dev/vhost-vdpa-3"]
+    assert open_fds() == before
+
+
+def test_a_device_that_is_given_keeps_no_memory() -> None:
+    """All of it is taken back by the end of a card, in sizes that 64 bits can hold."""
+    for span, taken in (
+        ((0, LAST), [(0, 1 << 63), (1 << 63, 1 << 63)]),
+        ((4096, 8191), [(4096, 4096)]),
+        (((1 << 63) + 1, LAST), [((1 << 63) + 1, (1 << 63) - 1)]),
+    ):
+        device = PipeDevice()
+        device.iova, device._lent = span, cast("Any", SimpleNamespace(used=True))
+        device.close()
+        told = [struct.unpack("<I4xQQQBB", message[:34]) for message in device.messages()]
+        assert [(iova, size) for _, iova, size, *_ in told] == taken
+        assert {kind for *_, kind in told} == {INVALIDATE}
 
 
 def test_option() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import ExitStack
 
+    from pyvmm.datapath.vdpa_device import Given
     from pyvmm.devopt import Device, User
     from pyvmm.jailopt import Jail
 
@@ -114,6 +115,22 @@ def socket_place(path: str, uid: int) -> str:
             f"put the socket into a directory of its own, of root or of user {uid}",
         )
     return place
+
+
+def take_vdpa(nets: Iterable[Net], stack: ExitStack) -> list[Given]:
+    """Open the vDPA devices of the host that cards name, as root may, and let the jail lock the
+    memory that they need.
+
+    :param stack: closes the devices.
+    :raises VdpaError: there is no such device, or it cannot be had.
+    """
+    names = [net.device for net in nets if net.device]
+    if not names:
+        return []
+    from pyvmm.datapath.vdpa_device import Given, raise_memlock
+
+    raise_memlock()
+    return [stack.enter_context(Given(name)) for name in names]
 
 
 def take_taps(
