@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +30,17 @@ def need_readable_checkout() -> None:
     """Skip the test if an ordinary user may not read pyvmm, as in root's home directory."""
     if not _may_read():
         pytest.skip(f"an ordinary user may not read {ROOT}")
+
+
+@contextmanager
+def open_directory() -> Iterator[Path]:
+    """A directory that anybody may enter, meanwhile. Those of pytest are closed whenever another
+    pytest of this user starts.
+    """
+    with tempfile.TemporaryDirectory(prefix="pyvmm-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
 
 
 def let_in(directory: Path) -> None:

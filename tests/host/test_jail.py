@@ -30,7 +30,7 @@ from tests.host.taps import own_tap
 from tests.host.test_confined import status_of, threads
 from tests.host.test_sandbox import ask, busy, running
 from tests.inject import EXECVE
-from tests.strangers import BECOME, let_in, need_readable_checkout
+from tests.strangers import BECOME, let_in, need_readable_checkout, open_directory
 from tests.unit.test_disk import qcow2_image, raw_image, with_backing
 
 ROOT = Path(__file__).parents[2]
@@ -511,30 +511,29 @@ def test_what_a_guest_there_has_of_a_disk(
 @needs_daemon
 def test_a_chain_of_images_in_a_jail(images: Path) -> None:
     """The user finds backing files by their names, because these names are an image's."""
-    theirs = images.parent / "theirs"
-    theirs.mkdir()
-    let_in(theirs)
-    top = theirs / "top.qcow2"
-    (theirs / "link.raw").symlink_to("base.raw")
-    for name in (b"base.raw", b"link.raw"):
-        base = raw_image(theirs / "base.raw")
-        qcow2_image(top, with_backing(name, b"raw"))
-        os.chown(top, USER, GROUP)
-        before = base.read_bytes()
-        done = ask_disk(f"{top},backing=on")
-        assert done.stdout.splitlines() == ["False", "True", "0 True"], done
-        assert base.read_bytes() == before
-        base.chmod(0o600)
-        done = ask_disk(f"{top},backing=on")
-        assert f"base.raw': Permission denied for user {USER}; put it there, or allow it" in (
-            done.stderr
-        ), done
-        base.unlink()
-    for other in ("public.raw", "private.raw"):
-        qcow2_image(top, with_backing(str(images / other).encode(), b"raw"))
-        done = ask_disk(f"{top},backing=on")
-        assert f"{other}': Permission denied for user {USER}" in done.stderr, done
-        assert not done.stdout
+    with open_directory() as theirs:
+        top = theirs / "top.qcow2"
+        (theirs / "link.raw").symlink_to("base.raw")
+        for name in (b"base.raw", b"link.raw"):
+            base = raw_image(theirs / "base.raw")
+            qcow2_image(top, with_backing(name, b"raw"))
+            os.chown(top, USER, GROUP)
+            before = base.read_bytes()
+            done = ask_disk(f"{top},backing=on")
+            assert done.stdout.splitlines() == ["False", "True", "0 True"], done
+            assert base.read_bytes() == before
+            base.chmod(0o600)
+            done = ask_disk(f"{top},backing=on")
+            assert (
+                f"base.raw': Permission denied for user {USER}; put it there, or allow it"
+                in done.stderr
+            ), done
+            base.unlink()
+        for other in ("public.raw", "private.raw"):
+            qcow2_image(top, with_backing(str(images / other).encode(), b"raw"))
+            done = ask_disk(f"{top},backing=on")
+            assert f"{other}': Permission denied for user {USER}" in done.stderr, done
+            assert not done.stdout
 
 
 @pytest.mark.parametrize(
