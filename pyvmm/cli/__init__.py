@@ -85,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         open_standard_descriptors()
         distrust_current_directory()
         raise_again()
+        if getattr(sys.stdout, "errors", "") == "strict":
+            # Whatever a guest or a file's name has in it, as standard error does.
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     except KeyboardInterrupt:
         return 130
     _leave(guard(lambda: _main(sys.argv[1:])))

@@ -396,6 +396,7 @@ class _Plain:
 
     def result(self, r: Result) -> None:
         """Show the result of a test that has ended."""
+        from pyvmm.cli.support.verdicts import quoted
         from pyvmm.testing.verdict import last_lines
 
         self.done += 1
@@ -413,7 +414,7 @@ class _Plain:
                 f"    | {text}"
                 for text in last_lines(r.console, 10000 if self.verbose else LAST_LINES)
             ]
-        print("\n".join(lines), file=self.to, flush=True)
+        print("\n".join(quoted(lines)), file=self.to, flush=True)
 
     def end(self, results: list[Result], seconds: float) -> None:
         """Show the sums after all tests have ended."""
@@ -437,6 +438,7 @@ class _Tap:
         """Show the result of a test that has ended."""
         import json
 
+        from pyvmm.cli.support.verdicts import quoted
         from pyvmm.testing.verdict import last_lines
 
         self.done += 1
@@ -459,7 +461,7 @@ class _Tap:
             }
             # JSON is valid YAML.
             lines += ["  ---", *(f"  {k}: {json.dumps(v)}" for k, v in texts.items()), "  ..."]
-        print("\n".join(lines), flush=True)
+        print("\n".join(quoted(lines)), flush=True)
 
     def end(self, results: list[Result], seconds: float) -> None:
         """Show the sums. Interrupted tests have no line, but the plan counts them."""

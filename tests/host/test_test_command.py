@@ -145,6 +145,16 @@ def test_annotation(guest: Guest) -> None:
     assert (status, err) == (1, "::error title=pyvmm reboot::reset: the guest rebooted\n")
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_any_name_can_be_printed(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "\N{SNOWMAN}").write_bytes(b"\x0f\x0b")
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    args = ["--load-address", "0x100000", str(tmp_path / "\N{SNOWMAN}"), strange]
+    status, out, err = run(*args, PYTHONIOENCODING=encoding)
+    assert (status, err) == (1, "") and "2 failed" in out
+    assert "FAIL \\udcff" in out and ("FAIL \\u2603" in out) == (encoding == "latin-1")
+
+
 def test_flat(tmp_path: Path) -> None:
     (tmp_path / "sector.bin").write_bytes(
         bytes([0x31, 0xC0, 0xE6, 0xF4, 0xF4])

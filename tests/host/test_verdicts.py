@@ -340,6 +340,16 @@ def test_annotation(guest: Guest, tmp_path: Path) -> None:
     assert "::error title=pyvmm panic::the guest kernel panicked: Kernel panic" in err
 
 
+def test_a_guest_gives_github_no_commands(guest: Guest, tmp_path: Path) -> None:
+    """Its runner takes them from any line, with spaces before them, or anywhere after ##[."""
+    text = PANIC.replace("not syncing: ", "not syncing: ##[error]") + " ::stop-commands::x\n"
+    err = Run(guest, tmp_path, text, "how=reboot", GITHUB_ACTIONS="true").end(120, "panic")
+    commands = [line for line in err.splitlines() if line.lstrip().startswith("::")]
+    assert len(commands) == 1 and commands[0].startswith("::error title=pyvmm panic::")
+    assert "##[" not in err.replace(commands[0], "") and "## [error]" in err
+    assert "| " in next(line for line in err.splitlines() if "stop-commands" in line)
+
+
 def test_flooded_console_keeps_the_verdict(guest: Guest, tmp_path: Path) -> None:
     """What comes after the trouble is more than is kept of the console."""
     run = Run(guest, tmp_path, OOPS + "noise noise noise\n" * 20000, "", "--fail-on", "oops")

@@ -180,6 +180,16 @@ def annotate(title: str, message: str) -> None:
         print(f"::error title={title}::{text}", file=sys.stderr)
 
 
+def quoted(lines: list[str]) -> list[str]:
+    """Lines of a guest's, for people to read. GitHub Actions also reads them: what it would take
+    for a command of its own is broken there, or a guest could silence the errors of others.
+    """
+    if os.environ.get("GITHUB_ACTIONS") != "true":
+        return lines
+    broken = [line.replace("##[", "## [") for line in lines]
+    return [f"| {line}" if line.lstrip().startswith("::") else line for line in broken]
+
+
 def tell(machine: Machine, verdict: Verdict, *, shown: bool) -> None:
     """Print a bad verdict on stderr: first what helps to find the cause, in the last line the
     verdict itself. A command's own status needs no words.
@@ -190,11 +200,11 @@ def tell(machine: Machine, verdict: Verdict, *, shown: bool) -> None:
         annotate("pyvmm failed", verdict.message)
     if verdict.kind in ("passed", "failed"):
         return
-    quoted = verdict.kind in ("panic", "trouble") and len(verdict.details) > 1
-    if not shown and not quoted and verdict.kind != "budget" and machine.console.text:
-        tail = last_lines(machine.console.text, OUTPUT_LINES)
+    told = verdict.kind in ("panic", "trouble") and len(verdict.details) > 1
+    if not shown and not told and verdict.kind != "budget" and machine.console.text:
+        tail = quoted(last_lines(machine.console.text, OUTPUT_LINES))
         print("pyvmm: the last of the guest's console:", *tail, sep="\n  ", file=sys.stderr)
-    for line in verdict.details:
+    for line in quoted(verdict.details):
         print(f"  {line}", file=sys.stderr)
     annotate(f"pyvmm {verdict.kind}", verdict.message)
-    print(f"pyvmm: {verdict.message}", file=sys.stderr)
+    print(*quoted([f"pyvmm: {verdict.message}"]), file=sys.stderr)
