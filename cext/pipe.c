@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 /* After a sleep the reader waits so long for more bytes. A person who types does not notice. */
 #define GATHER_US 500
@@ -62,13 +61,13 @@ void pv_pipe_free(struct pv_pipe *p)
 	free(p);
 }
 
-static struct timespec deadline(int ms)
+static struct timespec deadline(int64_t us)
 {
 	struct timespec t;
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
-	t.tv_sec += ms / 1000;
-	t.tv_nsec += (long)(ms % 1000) * 1000000;
+	t.tv_sec += us / 1000000;
+	t.tv_nsec += (long)(us % 1000000) * 1000;
 	if (t.tv_nsec >= 1000000000) {
 		t.tv_sec++;
 		t.tv_nsec -= 1000000000;
@@ -108,7 +107,7 @@ static void wake_reader(struct pv_pipe *p)
  */
 uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int wait_ms)
 {
-	struct timespec until = deadline(wait_ms < 0 ? 0 : wait_ms);
+	struct timespec until = deadline(wait_ms < 0 ? 0 : 1000 * (int64_t)wait_ms);
 	uint32_t done = 0;
 	int error = 0;
 
@@ -185,7 +184,7 @@ static void unlock_with_room(struct pv_pipe *p)
  */
 int pv_pipe_read(struct pv_pipe *p, uint8_t *buf, uint32_t len, int timeout_ms)
 {
-	struct timespec until = deadline(timeout_ms < 0 ? 0 : timeout_ms);
+	struct timespec until = deadline(timeout_ms < 0 ? 0 : 1000 * (int64_t)timeout_ms);
 	uint32_t n = 0;
 	bool waited = false;
 
@@ -199,10 +198,11 @@ int pv_pipe_read(struct pv_pipe *p, uint8_t *buf, uint32_t len, int timeout_ms)
 			break;
 	}
 	p->reader_waits = false;
-	if (waited && p->head != p->tail && !p->closed) {
-		pthread_mutex_unlock(&p->lock);
-		usleep(GATHER_US);
-		pthread_mutex_lock(&p->lock);
+	if (waited && p->head != p->tail) {
+		until = deadline(GATHER_US);
+		/* No writer signals meanwhile: only the end of the output ends this wait. */
+		while (!p->closed && !pthread_cond_timedwait(&p->data, &p->lock, &until))
+			;
 	}
 	while (n < len && p->tail != p->head)
 		buf[n++] = p->buf[p->tail++ & (p->size - 1)];
