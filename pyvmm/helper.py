@@ -287,6 +287,7 @@ def start(without: Sequence[int] = ()) -> Helper:
     """
     global _current
     assert _current is None
+    _operation("remove")  # both processes need its module; the VMM waits while the helper loads one
     gc.freeze()  # to look at what is here by now would part the pages that the two processes share
     try:
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
