@@ -26,8 +26,8 @@ from pyvmm.host.limits import memory_note
 from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
+from pyvmm.macs import MacAddresses, mac_text
 from pyvmm.memory import GuestMemory, parse_size
-from pyvmm.netopt import MAX_CARDS, MacAddresses, Net, mac_text
 from pyvmm.outcome import Outcome
 from pyvmm.panics import PanicWatch
 from pyvmm.pci import PciBus
@@ -39,6 +39,7 @@ from pyvmm.spec.platform import (
     IRQ_COM2,
     IRQ_RTC,
     IRQ_SCI,
+    MAX_CARDS,
     MAX_CPUS,
     PORT_COM1,
     PORT_COM2,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from pyvmm.images.cpio import Archive
     from pyvmm.kvm.cpu import Cpu
     from pyvmm.kvm.recorder import Recorder
+    from pyvmm.netopt import Net
     from pyvmm.shareopt import Root, Share
     from pyvmm.virtio.mmio import VirtioMmio
     from pyvmm.virtio.net import NetDevice

@@ -21,7 +21,6 @@ from pyvmm.errors import (
     UsageError,
 )
 from pyvmm.kvm.vcpu import RUNS_OFF
-from pyvmm.netopt import Net
 from pyvmm.outcome import Outcome
 from pyvmm.sandbox import CHOICES, Sandbox
 from pyvmm.spec.platform import IRQ_GED
@@ -35,14 +34,15 @@ if TYPE_CHECKING:
 
     from pyvmm.boot import BootState
     from pyvmm.card.nic import Nic
+    from pyvmm.control import Door
     from pyvmm.control.registry import Claim
-    from pyvmm.control.server import Server
     from pyvmm.devices.guest_agent import CommandResult
     from pyvmm.devopt import Device
     from pyvmm.diskopt import Disk
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
+    from pyvmm.netopt import Net
     from pyvmm.plugs import Removal
     from pyvmm.scenario import Player, Scenario
     from pyvmm.shareopt import Root, Share
@@ -183,7 +183,7 @@ class Machine:
         self._supervisor: threading.Thread | None = None
         self._parting = threading.Timer(PARTING_S, self._cut)
         self._parting.daemon = True
-        self._control: Server | None = None
+        self._control: Door | None = None
         wires = Wires(
             end=self._finish,
             reached=self._reached,
@@ -219,9 +219,9 @@ class Machine:
             self.waits_for_commands = agent
             self.accounts, self.vcpu_threads = parts.accounts, parts.vcpu_threads
             if claim is not None:
-                from pyvmm.control import serve
+                from pyvmm.control import Door
 
-                self._control = serve(self, claim)
+                self._control = Door(self, claim)
                 self._stack.callback(self._control.close)
         except BaseException:
             self._stack.close()
@@ -552,6 +552,8 @@ class Machine:
         """
         self._check_plugs()
         if isinstance(net, str):
+            from pyvmm.netopt import Net
+
             net = Net.parse(net)
         net.check_open()
         nic = self._parts.plugs.add(net, name)
@@ -695,10 +697,7 @@ class Machine:
             self._failure = self._failure or e
         self._outcome = outcome
         if self._control is not None:
-            from pyvmm.control.events import end_events
-
-            for event, data in end_events(outcome):
-                self.emit(event, **data)
+            self._control.ended(outcome)
         self._done.set()
         self.booted.set()
         self._end_sessions(outcome)

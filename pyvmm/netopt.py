@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import os
 from _socket import AF_INET  # see ``hostnet.rights``
-from binascii import crc32
 
 from pyvmm.errors import NetError, UsageError, did_you_mean
-from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.addresses import parse_address
-from pyvmm.spec.ethernet import ETH_MIN_MTU
+from pyvmm.spec.ethernet import ETH_MIN_MTU, TAP_MAX_MTU
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -149,13 +147,10 @@ NO_FAULTS = {
 }
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
-#: The most cards of a machine: slots of PCI bus 0, less the host bridge.
-MAX_CARDS = 31
 #: The most queue pairs of a card, and what stops it: KVM_MAX_IRQ_ROUTES is 4096, and 31 cards with
 #: 2 * 64 + 2 vectors each need 4030 of them (PV_QUEUES in cext/bus.h).
 MAX_QUEUES = 64
 WHY_QUEUES = "KVM routes 4096 interrupts, hardly more than 31 such cards have"
-MAC_PREFIX = bytes((0x52, 0x54, 0))  # the customary one of virtual machines: administered locally
 #: The largest user id (2^32 - 1 means none).
 UID_MAX = 2**32 - 2
 #: As many descriptors as a process may have at most (fs.nr_open).
@@ -826,57 +821,3 @@ def ipv4(key: str, text: str) -> str:
     if family != AF_INET or "/" not in text or not prefix:
         raise UsageError(f"--net: {key}={text}", "write it as 192.168.100.1/24")
     return text
-
-
-class MacAddresses:
-    """Chooses the MAC addresses of a machine's cards. A card without ``mac`` gets one that follows
-    from the machine's name, the number of the card, and this boot of this host: it is the same each
-    time that a machine of this name starts, and other machines have others.
-
-    :param name: of the machine; empty for a machine without a name, whose addresses are random.
-    """
-
-    def __init__(self, name: str) -> None:
-        if name:
-            with open("/proc/sys/kernel/random/boot_id", "rb") as f:
-                seed = f.read() + f"{os.uname().nodename}/{os.getuid()}/{name}".encode()
-        else:
-            seed = os.urandom(16)
-        self._first = crc32(seed)
-
-    def choose(
-        self, nets: Mapping[int, Net], taken: Mapping[int, bytes] | None = None
-    ) -> dict[int, bytes]:
-        """The address of each new card.
-
-        :param nets: the new cards by their numbers. :param taken: the addresses of the cards that
-            are there, likewise.
-        :raises UsageError: two cards have the same ``mac``.
-        """
-        used = {mac: index for index, mac in (taken or {}).items()}
-        out: dict[int, bytes] = {}
-        for index, net in nets.items():
-            if net.mac is None:
-                continue
-            if net.mac in used:
-                raise UsageError(
-                    f"--net: mac={mac_text(net.mac)} is the address of cards {used[net.mac]} and "
-                    f"{index}: the guest's network would mix up their packets",
-                    "give each card its own, or leave mac= out",
-                )
-            used[net.mac] = index
-            out[index] = net.mac
-        for index in nets:
-            number = self._first + index
-            while index not in out:
-                mac = MAC_PREFIX + (number & 0xFFFFFF).to_bytes(3, "big")
-                number += 1
-                if mac not in used:
-                    out[index] = mac
-                    used[mac] = index
-        return out
-
-
-def mac_text(mac: bytes) -> str:
-    """The address as text: ``52:54:00:12:34:56``."""
-    return mac.hex(":")

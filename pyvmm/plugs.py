@@ -11,17 +11,18 @@ another process: it stops the data path and gives back what the card held.
 from __future__ import annotations
 
 import threading
+from _collections_abc import Sequence  # as `collections.abc` has it, which is one file more
 from contextlib import ExitStack
 
-from pyvmm.card.cards import Cards
 from pyvmm.errors import HostError, PyvmmError, UsageError
-from pyvmm.netopt import MAX_CARDS, MacAddresses, Net
 from pyvmm.pci import PciFunction
+from pyvmm.spec.platform import MAX_CARDS
 from pyvmm.threads import Thread, report_bug
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator
+    from typing import Any, TypeVar
 
     from pyvmm.card.card import Card
     from pyvmm.card.nic import Nic
@@ -29,13 +30,42 @@ if TYPE_CHECKING:
     from pyvmm.card.uplink import Uplink
     from pyvmm.devices.hotplug import PciHotplug
     from pyvmm.devopt import Device
+    from pyvmm.macs import MacAddresses
+    from pyvmm.netopt import Net
     from pyvmm.pci import PciBus
 
+    T = TypeVar("T", bound=Card)
     #: Makes a card of this number, this description and this MAC address, which is not plugged in;
     #: closing the stack releases the card.
     Maker = Callable[[int, Net, bytes], tuple[Nic, ExitStack]]
     #: Makes a device of this place on the bus, this number and this description, likewise.
     DeviceMaker = Callable[[int, int, Device], tuple[Peripheral, ExitStack]]
+
+
+class Cards(Sequence["T"]):
+    """The cards in the order of their numbers. Any thread may look while a card comes or goes: an
+    iteration goes over the cards that were there when it began.
+    """
+
+    def __init__(self) -> None:
+        self._now: tuple[T, ...] = ()
+
+    def add(self, card: T) -> None:
+        """A card has come. The caller holds the I/O lock."""
+        self._now = tuple(sorted((*self._now, card), key=lambda n: n.index))
+
+    def remove(self, card: T) -> None:
+        """A card has gone. The caller holds the I/O lock."""
+        self._now = tuple(n for n in self._now if n is not card)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._now)
+
+    def __len__(self) -> int:
+        return len(self._now)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._now[at]
 
 
 class Removal:

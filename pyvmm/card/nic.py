@@ -14,7 +14,8 @@ from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.inject import Injection
-from pyvmm.netopt import Net, check_faults, fault_place, mac_text
+from pyvmm.macs import mac_text
+from pyvmm.netopt import Net, check_faults, fault_place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

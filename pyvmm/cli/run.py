@@ -632,7 +632,7 @@ def _check(args: argparse.Namespace) -> None:
     :raises PyvmmError: the error that the machine would raise.
     """
     from pyvmm.assembly import extra_archive
-    from pyvmm.netopt import MacAddresses
+    from pyvmm.macs import MacAddresses
 
     want = _description(args)
     MacAddresses("").choose(dict(enumerate(want.nets)))
@@ -668,6 +668,8 @@ def _description(args: argparse.Namespace) -> Description:
 
 def _nets(args: argparse.Namespace) -> list[Net]:
     """The cards of ``--net``."""
+    if args.net == ["none"]:
+        return []  # without the module that knows all about cards
     from pyvmm.netopt import Net
 
     return [Net.parse(text) for text in args.net or ["emulated"]]
@@ -863,6 +865,9 @@ class _Run:
     def to_its_end(self, watchdog: Watchdog | None) -> int:
         """Boot the guest, attend it, report the verdict; returns the exit status."""
         from pyvmm.machine import Machine
+
+        if not self.commanded:  # now, because a confined process takes twice as long for it
+            from pyvmm.cli.support import terminal  # noqa: F401
 
         args, outputs = self.args, self.outputs
         assert outputs is not None

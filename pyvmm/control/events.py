@@ -24,7 +24,7 @@ def end_events(outcome: Outcome) -> list[tuple[str, dict[str, object]]]:
     data: dict[str, object] = {
         "guest": reason is not None,
         "reason": reason or ("host-qmp-quit" if outcome.asked else "host-signal"),
-        "x_pyvmm_outcome": outcome.kind,
+        "x-pyvmm-outcome": outcome.kind,
     }
     panicked: list[tuple[str, dict[str, object]]] = [("GUEST_PANICKED", {"action": "shutdown"})]
     return [*(panicked if outcome.kind == "panic" else []), ("SHUTDOWN", data)]

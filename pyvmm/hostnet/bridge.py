@@ -6,9 +6,9 @@ import os
 
 from pyvmm import helper
 from pyvmm.errors import NetError, NetForbidden, UsageError
-from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.packets import permit
 from pyvmm.hostnet.tap import Interface, Tap
+from pyvmm.spec.ethernet import TAP_MAX_MTU
 
 #: Taps of one process, at most: a name has 15 characters.
 TAPS_MAX = 1000

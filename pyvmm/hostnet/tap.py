@@ -28,12 +28,11 @@ from pyvmm import helper
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.fd import Fd
-from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.addresses import parse_address
 from pyvmm.hostnet.framefilter import frame_filter
 from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.hostnet.steering import load_steering, may_steer
-from pyvmm.spec.ethernet import ETH_DATA_LEN, ETH_MIN_MTU
+from pyvmm.spec.ethernet import ETH_DATA_LEN, ETH_MIN_MTU, TAP_MAX_MTU
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_GUEST_CSUM,

@@ -132,3 +132,5 @@ PIC_PCI_LINES = (15, 11, 10, 5, 7, 6, 12, 14)
 GSI_MSI_BASE = 24  # MSI routes start here
 
 MAX_CPUS = 255  # local APIC ids of 8 bits, of which 255 means all (SDM 3A, 11.6.1)
+#: The most cards of a machine: slots of PCI bus 0, less the host bridge.
+MAX_CARDS = 31

@@ -19,15 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Each module takes about 0.2 ms natively, and twenty times as long in the testbed: to be loaded,
 #: and to be freed again. Whoever adds one says by this list that a bare guest cannot do without it.
 MODULES = """
-    assembly boot boot.acpi boot.aml boot.elf boot.image boot.mptable boot.params bus card
-    card.cards cli cli.run cli.support cli.support.hostchoice cli.support.lastwords
-    cli.support.options cli.support.outputs cli.support.plain cli.support.settings
-    cli.support.signals cli.support.swallowed cli.support.terminal control control.events
-    control.registry control.server devices devices.console devices.guest_port devices.hotplug
-    devices.legacy devices.rtc errors exits exits.accounts exits.snapshot fd helper host
-    host.limits host.paths hostnet hostnet.addresses hostnet.rights hostnet.sockets kvm
-    kvm.cpuid kvm.stats kvm.vcpu kvm.vm machine memory netopt outcome panics pci plugs programs
-    sandbox spec spec.acpi spec.ethernet spec.linux_boot spec.pci spec.platform threads vcpus _ext
+    assembly boot boot.acpi boot.aml boot.elf boot.image boot.mptable boot.params bus cli cli.run
+    cli.support cli.support.hostchoice cli.support.lastwords cli.support.options cli.support.outputs
+    cli.support.plain cli.support.settings cli.support.signals cli.support.swallowed
+    cli.support.terminal control control.registry devices devices.console devices.guest_port
+    devices.hotplug devices.legacy devices.rtc errors exits exits.accounts exits.snapshot fd helper
+    host host.limits host.paths hostnet hostnet.rights hostnet.sockets kvm kvm.cpuid kvm.stats
+    kvm.vcpu kvm.vm machine macs memory outcome panics pci plugs programs sandbox spec spec.acpi
+    spec.linux_boot spec.pci spec.platform threads vcpus _ext
 """
 #: Of the standard library, these take longest, and others that they need.
 SLOW = {"argparse", "array", "dataclasses", "enum", "gettext", "importlib", "inspect"}

@@ -25,12 +25,12 @@ from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.kvm.vcpu import STOP_ASKED, Vcpu
 from pyvmm.kvm.vm import Vm
-from pyvmm.netopt import MAX_CARDS, MAX_QUEUES
+from pyvmm.netopt import MAX_QUEUES
 from pyvmm.pci import gsi_of, line_of
 from pyvmm.pci.msix import Msix
 from pyvmm.spec import pci
 from pyvmm.spec.pci import PCI_MSIX_FLAGS_ENABLE as ENABLE
-from pyvmm.spec.platform import PCI_MMIO_BASE
+from pyvmm.spec.platform import MAX_CARDS, PCI_MMIO_BASE
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import NOTIFY, VirtioPci

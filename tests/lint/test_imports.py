@@ -31,6 +31,7 @@ LAYERS = (
         "faulttc",
         "scenario",
         "shareopt",
+        "macs",
         "netopt",
         "testbed",
         "testing",

@@ -5,7 +5,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
-from pyvmm.netopt import GROUPS, Net, mac_text, mask, parse_mac
+from pyvmm.macs import mac_text
+from pyvmm.netopt import GROUPS, Net, mask, parse_mac
 from tests.driver import bits
 
 

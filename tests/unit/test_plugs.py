@@ -16,9 +16,10 @@ from pyvmm.devices.hotplug import PciHotplug
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.exits.ledger import Ledger
 from pyvmm.kvm.vm import Vm
-from pyvmm.netopt import MAX_CARDS, MacAddresses, Net
+from pyvmm.macs import MacAddresses
+from pyvmm.netopt import Net
 from pyvmm.plugs import Plugs
-from pyvmm.spec.platform import PCI_HOTPLUG_EJECT, PORT_PCI_HOTPLUG
+from pyvmm.spec.platform import MAX_CARDS, PCI_HOTPLUG_EJECT, PORT_PCI_HOTPLUG
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.descriptors import open_fds

@@ -20,19 +20,24 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.control import framer, registry, server
+from pyvmm import control
+from pyvmm.control import Door, framer, registry, server
 from pyvmm.control.client import Client, connect
 from pyvmm.control.framer import Framer, TooMuch
 from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server, TakingCommand, WaitingCommand
 from pyvmm.errors import ControlError, HostError, MachineMissing, PyvmmError, UsageError
+from pyvmm.outcome import Outcome
 from tests.descriptors import open_fds
+
+if TYPE_CHECKING:
+    from pyvmm.control.commands import Controlled
 
 PATIENCE = 30.0
 HELLO = b'{"execute":"qmp_capabilities"}'
@@ -604,6 +609,59 @@ def test_the_last_events_arrive_before_the_end(runtime: Path, fake: Fake) -> Non
         s.emit("LATE")
         assert c.get()["event"] == "SHUTDOWN"
         assert c.get() is None
+
+
+# --- the door -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def door(runtime: Path, fake: Fake) -> Iterator[Door]:
+    before = open_fds()
+    d = Door(cast("Controlled", fake), Claim())
+    yield d
+    d.close()
+    d.close()
+    assert not os.listdir(runtime)
+    assert not any(t.name == "control" for t in threading.enumerate())
+    assert not open_fds() - before
+
+
+def test_a_door_without_a_client(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no server, and nobody to tell."""
+    monkeypatch.setattr(server, "Server", None)
+    door.emit("E")
+    door.ended(Outcome("poweroff"))
+    assert door.files() == [door.path, f"{os.path.dirname(door.path)}/{door.name}.machine"]
+
+
+def test_a_door_opens_for_the_first_client(door: Door) -> None:
+    """All clients are served, and told of events and of the end."""
+    with connect(door.name) as c, connect(door.path) as other:
+        assert c.command("query-version")["package"].startswith("pyvmm-")
+        door.emit("E", {"n": 1})
+        assert c.wait_event("E")["data"] == other.wait_event("E")["data"] == {"n": 1}
+        door.ended(Outcome("panic"))
+        door.close()
+        assert c.wait_event("GUEST_PANICKED")["data"] == {"action": "shutdown"}
+        data = {"guest": True, "reason": "guest-panic", "x-pyvmm-outcome": "panic"}
+        assert c.wait_event("SHUTDOWN")["data"] == data
+
+
+@pytest.mark.parametrize("lack", [OSError(24, "none left"), RuntimeError(), HostError("none left")])
+def test_a_door_tries_again(door: Door, monkeypatch: pytest.MonkeyPatch, lack: Exception) -> None:
+    """Also a process that has no descriptor or no thread left serves the client later."""
+    tried = []
+
+    def make(*args: Any) -> Server:
+        tried.append(args)
+        if len(tried) < 3:
+            raise lack
+        return Server(*args)
+
+    monkeypatch.setattr(server, "Server", make)
+    monkeypatch.setattr(control, "AGAIN_S", 0.001)
+    with connect(door.name) as c:
+        assert c.command("query-version") and len(tried) == 3
 
 
 # --- the client -----------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from pyvmm.bus import MMIO
 from pyvmm.card.thread import CardThread
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError
-from pyvmm.netopt import MAX_CARDS, Net
+from pyvmm.netopt import Net
 from pyvmm.spec import platform as pf
 from pyvmm.spec import virtio_mmio as vm
+from pyvmm.spec.platform import MAX_CARDS
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
 from pyvmm.virtio.mmio import VirtioMmio, line_of, window_of
 from pyvmm.virtio.net import NetDevice

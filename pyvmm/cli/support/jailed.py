@@ -13,7 +13,8 @@ from pyvmm.card.uplink import make_tap
 from pyvmm.cli import guard
 from pyvmm.errors import JailError, UsageError
 from pyvmm.jail import Cell
-from pyvmm.netopt import MAC_PREFIX, Net, mac_text
+from pyvmm.macs import MAC_PREFIX, mac_text
+from pyvmm.netopt import Net
 from pyvmm.spec.ethernet import ETH_DATA_LEN
 
 TYPE_CHECKING = False
