@@ -16,12 +16,12 @@ import time
 from pyvmm.kvm.vcpu import (
     EXIT_FAIL_ENTRY,
     EXIT_SHUTDOWN,
-    REASONS,
     STOP_ASKED,
     STOP_ERROR,
     STOP_MMIO,
     STOP_OTHER,
     STOP_PIO,
+    reasons,
 )
 from pyvmm.outcome import Outcome
 from pyvmm.threads import Thread, aside, narrow
@@ -232,7 +232,7 @@ def abnormal(vcpu: Vcpu, stop: int) -> Outcome:
     if stop == STOP_ERROR:
         detail = f"vCPU {vcpu.index}: {os.strerror(c.error)}{_fault_place(c)}"
     else:
-        name = REASONS.get(c.reason, str(c.reason))
+        name = reasons().get(c.reason, str(c.reason))
         info = " ".join(f"{c.info[i]:#x}" for i in range(c.info_count))
         detail = f"vCPU {vcpu.index}: exit {name}, detail {c.detail} {info}".rstrip()
         if c.reason == EXIT_FAIL_ENTRY and c.info_count:

@@ -238,8 +238,7 @@ def dsdt(
 
     def notices(register: str, value: int) -> bytes:
         return aml.store(aml.path(f"\\_SB.PCI0.{register}"), aml.LOCAL0) + b"".join(
-            aml.if_bits(aml.LOCAL0, 1 << slot, aml.notify(f"\\_SB.PCI0.{_slot_name(slot)}", value))
-            for slot in pci_slots
+            aml.notify_if_bit(slot, f"\\_SB.PCI0.{_slot_name(slot)}", value) for slot in pci_slots
         )
 
     event = aml.scope(

@@ -130,12 +130,23 @@ def store(source: bytes, target: bytes) -> bytes:
 LOCAL0 = bytes([acpi.AML_LOCAL0])
 
 
-def if_bits(value: bytes, bits: int, *terms: bytes) -> bytes:
-    """If (value & bits) {...}"""
-    both = (
-        bytes([acpi.AML_AND]) + value + integer(bits) + bytes([0])
-    )  # the result goes nowhere else
-    return _package(bytes([acpi.AML_IF]), both + b"".join(terms))
+def notify_if_bit(bit: int, text: str, value: int) -> bytes:
+    """If (Local0 & (1 << bit)) {Notify (text, value)}, for a bit of 0 to 31; all at once, because a
+    DSDT has two for each slot.
+    """
+    notice = path(text) + integer(value)
+    return struct.pack(
+        f"<5BI2B{len(notice)}s",
+        acpi.AML_IF,
+        10 + len(notice),  # bytes from here on
+        acpi.AML_AND,
+        acpi.AML_LOCAL0,
+        acpi.AML_DWORD,
+        1 << bit,
+        0,  # the result goes nowhere else
+        acpi.AML_NOTIFY,
+        notice,
+    )
 
 
 def io_fields(text: str, port: int, names: Iterable[str]) -> bytes:

@@ -17,7 +17,7 @@ from pyvmm.exits.kernel_trace import TRACEFS
 from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.hostnet.tap import index_of
-from pyvmm.kvm.vcpu import REASONS
+from pyvmm.kvm.vcpu import reasons
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class ExitTrace(Closing):
         """
         out = dict.fromkeys(CAUSES, 0)
         for reason, count in self._read("kvm_userspace_exit", tids):
-            out[BY_REASON.get(REASONS.get(reason, ""), "other")] += count
+            out[BY_REASON.get(reasons().get(reason, ""), "other")] += count
         return out
 
     def reasons(self, tids: Container[int]) -> dict[str, int]:

@@ -13,7 +13,7 @@ import re
 from pyvmm.errors import BudgetBroken, UsageError
 from pyvmm.exits.accounts import PHASES
 from pyvmm.exits.phases import ALL, COUNTER_METRICS, KVM_METRICS, phase
-from pyvmm.kvm.vcpu import REASONS
+from pyvmm.kvm.vcpu import reasons
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Budget:
         """Whether WHAT can match any exit: it is a device, the first words of a device's name, one
         of its registers, or a KVM_EXIT_* reason.
         """
-        if self.what in (*REASONS.values(), "nobody"):
+        if self.what in (*reasons().values(), "nobody"):
             return True
         return any(
             _begins(name, self.what) or any(_begins(self.what, n) for n in (name, prefix))

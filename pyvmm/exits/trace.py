@@ -16,7 +16,7 @@ from pyvmm.bus import PCI_DATA
 from pyvmm.datapath.impair import deeds
 from pyvmm.exits.phases import phases_of
 from pyvmm.kvm.recorder import BATCH, BYTES, EXIT, FAULT, KICK, LATER, PACKET, SEGMENT
-from pyvmm.kvm.vcpu import REASONS
+from pyvmm.kvm.vcpu import reasons
 from pyvmm.spec import pci, virtio
 from pyvmm.spec import vhost_user as vu
 from pyvmm.spec import virtio_net as vn
@@ -404,7 +404,7 @@ class _Trace:
         return sorted(events, key=_order)
 
     def _exit(self, event: Event, tid: int) -> Args:
-        reason = REASONS.get(event.reason, f"reason-{event.reason}")
+        reason = reasons().get(event.reason, f"reason-{event.reason}")
         args: Args = {"reason": reason}
         name = reason
         if event.kind == EXIT and reason in ("io", "mmio"):

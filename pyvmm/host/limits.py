@@ -48,8 +48,8 @@ def memory_note(size: int) -> str:
 
 def _read(path: str) -> str | None:
     try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return f.read()
+        with open(path, "rb", buffering=0) as f:  # without what a text file takes to be set up
+            return f.readall().decode(errors="replace")
     except OSError:
         return None
 

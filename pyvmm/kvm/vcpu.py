@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import cache
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
@@ -47,11 +48,15 @@ CR0_PE, CR0_ET, CR0_NE, CR0_PG = 1, 1 << 4, 1 << 5, 1 << 31
 CR4_PAE = 1 << 5
 EFER_LME, EFER_LMA = 1 << 8, 1 << 10
 
-REASONS = {
-    getattr(lib, name): name.removeprefix("KVM_EXIT_").lower()
-    for name in dir(lib)
-    if name.startswith("KVM_EXIT_")
-} | {lib.PV_EXIT_ERROR: "error"}
+
+@cache
+def reasons() -> dict[int, str]:
+    """KVM_EXIT_* -> its name, in lower case without its prefix."""
+    return {
+        getattr(lib, name): name.removeprefix("KVM_EXIT_").lower()
+        for name in dir(lib)
+        if name.startswith("KVM_EXIT_")
+    } | {lib.PV_EXIT_ERROR: "error"}
 
 
 class ExitRecord:
@@ -107,7 +112,7 @@ class VcpuSnapshot:
         """
         out = []
         for s in self._lines[0 : self._count]:
-            reason = REASONS.get(s.reason, f"reason-{s.reason}")
+            reason = reasons().get(s.reason, f"reason-{s.reason}")
             out.append(
                 ExitRecord(
                     reason, s.addr, s.size, bool(s.write), s.region, s.reg, s.count, s.time, s.units

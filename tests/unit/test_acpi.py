@@ -186,6 +186,9 @@ def test_aml_terms() -> None:
         b"\x0c\0\0\1\0",
     ]
     assert aml.path("A.B.C") == b"\x2f\3A___B___C___"
+    # If (Local0 & 0x400) {Notify (\_SB.DEV, 3)}
+    notice = b"\xa0\x16\x7b\x60\x0c\0\4\0\0\0\x86\\\x2e_SB_DEV_\x0a\3"
+    assert aml.notify_if_bit(10, "\\_SB.DEV", 3) == notice
 
 
 @pytest.mark.parametrize("cpus", [1, 8, pf.MAX_CPUS])
