@@ -50,6 +50,7 @@ class Kvm(Fd):
     """
 
     def __init__(self, path: str = "/dev/kvm") -> None:
+        self._extensions: dict[str, int] = {}
         try:
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except FileNotFoundError as e:
@@ -91,8 +92,14 @@ class Kvm(Fd):
             )
 
     def extension(self, name: str) -> int:
-        """KVM_CHECK_EXTENSION for a KVM_CAP_* name; 0 if KVM lacks the capability."""
-        return ioctl(self.fileno(), "KVM_CHECK_EXTENSION", getattr(lib, name))
+        """KVM_CHECK_EXTENSION for a KVM_CAP_* name; 0 if KVM lacks the capability. KVM is asked
+        once, and not by each vCPU.
+        """
+        known = self._extensions.get(name)
+        if known is None:
+            known = ioctl(self.fileno(), "KVM_CHECK_EXTENSION", getattr(lib, name))
+            self._extensions[name] = known
+        return known
 
     def mmap_size(self) -> int:
         """The size in bytes of a vCPU's shared area: ``struct kvm_run`` and the pages behind it."""

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm._ext import ffi
 from pyvmm.errors import UsageError
 from pyvmm.kvm import cpuid
 from pyvmm.kvm.cpu import FIXED, Cpu, canonical, present
+from pyvmm.kvm.vcpu import CPUID_ENTRY
 from pyvmm.spec.cpuid import ALIASES, EAX, EBX, ECX, EDX, NAMES
 
 FULL = 0xFFFFFFFF
@@ -172,3 +174,14 @@ def test_the_hosts_name_is_that_of_linux() -> None:
     text = Path("/proc/cpuinfo").read_text()
     names = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
     assert cpuid.host_brand() == (names[0].strip() if names else "")
+
+
+def test_an_entry_of_kvm() -> None:
+    """The layout in Python is that of the kernel's header."""
+    table = ffi.new("struct kvm_cpuid2 *", {"entries": 2})
+    data = struct.pack(CPUID_ENTRY, *range(1, 8)) + struct.pack(CPUID_ENTRY, *range(11, 18))
+    ffi.memmove(table.entries, data, ffi.sizeof("struct kvm_cpuid_entry2[2]"))
+    entries = [
+        (e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[0:2]
+    ]
+    assert entries == [tuple(range(1, 8)), tuple(range(11, 18))]
