@@ -32,11 +32,12 @@ struct pv_pipe {
  */
 struct pv_pipe *pv_pipe_new(uint32_t size)
 {
-	struct pv_pipe *p = size && !(size & (size - 1)) ? calloc(1, sizeof(*p) + size) : NULL;
+	struct pv_pipe *p = size && !(size & (size - 1)) ? malloc(sizeof(*p) + size) : NULL;
 	pthread_condattr_t attr;
 
 	if (!p)
 		return NULL;
+	memset(p, 0, sizeof(*p)); /* and not the bytes, most of which are never used */
 	p->size = size;
 	pthread_mutex_init(&p->lock, NULL);
 	pthread_condattr_init(&attr);

@@ -7,11 +7,15 @@ described in Documentation/virt/kvm/api.rst.
 from __future__ import annotations
 
 import os
+import struct
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, KvmForbidden, KvmMissing, KvmUnsuitable
 from pyvmm.fd import Fd
 
+#: struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx, and padding. To handle seven
+#: fields of 76 entries by their names would take longer than KVM takes for them.
+CPUID_ENTRY = "7I12x"
 #: The capabilities without which pyvmm cannot run.
 REQUIRED = (
     "KVM_CAP_IRQCHIP",
@@ -110,7 +114,5 @@ class Kvm(Fd):
         table = ffi.new("struct kvm_cpuid2 *", {"entries": 256})
         table.nent = 256
         ioctl(self.fileno(), "KVM_GET_SUPPORTED_CPUID", table)
-        return [
-            [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx]
-            for e in table.entries[0 : table.nent]
-        ]
+        data = ffi.buffer(table.entries, table.nent * struct.calcsize(CPUID_ENTRY))
+        return [list(row) for row in struct.iter_unpack(CPUID_ENTRY, data)]

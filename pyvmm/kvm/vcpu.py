@@ -10,7 +10,7 @@ from functools import cache
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
 from pyvmm.fd import Fd
-from pyvmm.kvm import ioctl
+from pyvmm.kvm import CPUID_ENTRY, ioctl
 from pyvmm.kvm.cpuid import for_vcpu, host_brand, with_brand
 from pyvmm.kvm.stats import Stats
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
         "not started", "alive", "halted with interrupts off", "runs with interrupts off"
     ]
 
-#: struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx, and padding. To set 76 times
-#: seven fields by their names would take longer than KVM takes for them.
-CPUID_ENTRY = "7I12x"
 MSR_MTRR_DEF_TYPE = 0x2FF
 MTRR_ENABLE_WB = 1 << 11 | 6
 MSR_MISC_ENABLE = 0x1A0

@@ -10,9 +10,8 @@ import pytest
 
 from pyvmm._ext import ffi
 from pyvmm.errors import UsageError
-from pyvmm.kvm import cpuid
+from pyvmm.kvm import CPUID_ENTRY, cpuid
 from pyvmm.kvm.cpu import FIXED, Cpu, canonical, present
-from pyvmm.kvm.vcpu import CPUID_ENTRY
 from pyvmm.spec.cpuid import ALIASES, EAX, EBX, ECX, EDX, NAMES
 
 FULL = 0xFFFFFFFF
