@@ -7,6 +7,7 @@ lends it. ``close`` releases the descriptor even if it raises, and a second ``cl
 from __future__ import annotations
 
 import os
+import stat
 import sys
 
 from pyvmm.errors import HostError
@@ -34,6 +35,13 @@ def open_standard_descriptors() -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def is_null(fd: int) -> bool:
+    """Whether a descriptor is /dev/null, from which nothing ever comes."""
+    status = os.fstat(fd)
+    null = os.stat(os.devnull).st_rdev  # noqa: PTH116 - pathlib takes longer to import
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == null
 
 
 class Closing:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from _queue import SimpleQueue  # as `queue` has it, which takes longer to import
+from collections import deque
 
 from pyvmm._ext import lib
 from pyvmm.errors import HostError
@@ -63,8 +63,38 @@ def report_bug(error: BaseException) -> None:
 # --- narrow threads -------------------------------------------------------------------------------
 
 _here = threading.local()
+
+
+class _Jobs:
+    """A queue with one reader. A ``put`` may come in the middle of another one, because the
+    collector of garbage runs finalizers anywhere: so does that of ``queue.SimpleQueue``, whose
+    library takes longer to load than this thread to start.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[Callable[[], None] | None] = deque()
+        self._none = threading.Lock()  # held while the reader has nothing to look for
+        self._none.acquire()
+
+    def put(self, job: Callable[[], None] | None) -> None:
+        """Add a job. Never waits."""
+        self._jobs.append(job)
+        try:
+            self._none.release()
+        except RuntimeError:
+            pass  # the reader is to look already, and finds this one, too
+
+    def get(self) -> Callable[[], None] | None:
+        """Wait for the next job, and take it."""
+        while True:
+            try:
+                return self._jobs.popleft()
+            except IndexError:
+                self._none.acquire()
+
+
 #: Jobs for the thread that works for narrow threads; None would end it.
-_jobs: SimpleQueue[Callable[[], None] | None] | None = None
+_jobs: _Jobs | None = None
 
 
 def prepare_narrow() -> None:
@@ -73,7 +103,7 @@ def prepare_narrow() -> None:
     """
     global _jobs
     if _jobs is None:
-        jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        jobs = _Jobs()
 
         def work() -> None:
             while (job := jobs.get()) is not None:

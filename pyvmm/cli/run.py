@@ -756,8 +756,9 @@ def _use_of_stdin(args: argparse.Namespace) -> str:
     if stat.S_ISREG(status.st_mode):
         empty = os.lseek(0, 0, os.SEEK_CUR) >= status.st_size
     else:
-        null = os.stat(os.devnull).st_rdev  # noqa: PTH116 - pathlib takes longer to import
-        empty = stat.S_ISCHR(status.st_mode) and status.st_rdev == null
+        from pyvmm.fd import is_null
+
+        empty = is_null(0)
     if not empty:
         return "commands"
     steered = args.name or args.qmp or args.timeout is not None

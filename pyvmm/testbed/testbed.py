@@ -14,10 +14,10 @@ import contextlib
 import itertools
 import os
 import socket
-import stat
 import time
 
 from pyvmm.errors import PyvmmError, TestbedError
+from pyvmm.fd import is_null
 from pyvmm.host.attended import attend
 from pyvmm.host.paths import cache_dir, cache_root, runtime_dir
 from pyvmm.programs import module
@@ -562,7 +562,7 @@ class Testbed:
                     argv,
                     cwd=os.getcwd(),
                     env=self._env(None, self.host),
-                    stdin=0 if _is_open(0) and not _is_null(0) else None,
+                    stdin=0 if _is_open(0) and not is_null(0) else None,
                     stdout=1 if _is_open(1) else None,
                     stderr=2 if _is_open(2) else None,
                     terminal=0 if _is_open(0) and os.isatty(0) else None,
@@ -602,12 +602,6 @@ def _absolute(text: str) -> str:
 def is_below(path: str, directory: str) -> bool:
     """Whether ``path`` is ``directory`` or below it. Both are absolute, without symbolic links."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
-
-
-def _is_null(fd: int) -> bool:
-    """Whether a descriptor is /dev/null, which the command then gets there as well, and no pipe."""
-    status = os.fstat(fd)
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev
 
 
 def _is_open(fd: int) -> bool:

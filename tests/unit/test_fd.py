@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import HostError
-from pyvmm.fd import EventFd, Fd, eventfds, memfd
+from pyvmm.fd import EventFd, Fd, eventfds, is_null, memfd
 
 
 def open_fds() -> set[str]:
@@ -98,3 +98,13 @@ def test_a_memfd_that_fails_leaves_nothing() -> None:
     with pytest.raises((OSError, OverflowError)):
         memfd("test", -1)
     assert open_fds() == before
+
+
+def test_what_is_null(tmp_path: Path) -> None:
+    """No other device, file or pipe."""
+    (tmp_path / "file").touch()
+    for path, null in (("/dev/null", True), ("/dev/zero", False), (tmp_path / "file", False)):
+        with Fd(os.open(path, os.O_RDONLY)) as fd:
+            assert is_null(fd.fileno()) == null
+    with EventFd() as event:
+        assert not is_null(event.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -89,3 +90,25 @@ def test_threads_of_no_machine_stay_as_they_are() -> None:
     thread.join(60)
     with open("/proc/thread-self/status") as f:
         assert said == [next(line for line in f if line.startswith("Seccomp:")).split()[1]]
+
+
+def test_jobs_of_many_threads() -> None:
+    """Each thread's come in order, whether the reader waits for them or not, and none is lost."""
+    jobs, each = threads._Jobs(), 200
+    got: list[tuple[str, int]] = []
+
+    def write(name: str) -> None:
+        for number in range(each):
+            jobs.put(partial(got.append, (name, number)))
+
+    writers = [threading.Thread(target=write, args=(name,)) for name in "abc"]
+    for writer in writers:
+        writer.start()
+    for _ in range(len(writers) * each):
+        job = jobs.get()
+        assert job is not None
+        job()
+    for writer in writers:
+        writer.join()
+    assert sorted(got) == [(name, number) for name in "abc" for number in range(each)]
+    assert [g for g in got if g[0] == "b"] == [("b", number) for number in range(each)]

@@ -8,6 +8,8 @@ import os
 import sys
 import threading
 
+from pyvmm.fd import is_null
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -33,7 +35,7 @@ class Terminal:
         self._thread = threading.Thread(target=self._pump, name="stdin", daemon=True)
 
     def open(self) -> None:
-        """Make a terminal raw and start reading."""
+        """Make a terminal raw and start reading, unless nothing can come."""
         if os.isatty(0):
             import termios
             import tty
@@ -41,7 +43,8 @@ class Terminal:
             print("pyvmm: this is the guest's console; Ctrl-A x ends the machine", file=sys.stderr)
             self._saved = termios.tcgetattr(0)
             tty.setraw(0)
-        self._thread.start()
+        if not is_null(0):
+            self._thread.start()
 
     @property
     def raw(self) -> bool:
