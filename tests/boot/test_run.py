@@ -96,15 +96,20 @@ def test_a_tap_of_the_users_and_sigkill(host: Host, mode: str) -> None:
         host.sh("ip link del boot0")
 
 
-def test_huge_pages_by_advice(host: Host) -> None:
-    """The testbed gives shared memory huge pages where they are asked for, as we do for a
-    guest's.
+@pytest.mark.parametrize("file", [False, True])
+def test_huge_pages_by_advice(host: Host, file: bool) -> None:
+    """The testbed gives shared memory huge pages where they are asked for, as we do for a guest's;
+    also for what is read from a file, such as the kernel.
     """
-    code = """
+    code = f"""
+import tempfile
 from pyvmm.memory import GuestMemory
 memory = GuestMemory(64 << 20)
 for at in range(0, memory.size, 2 << 20):
-    memory.write(at, b"x")
+    memory.write(at, b"x") if not {file} else None
+with tempfile.TemporaryFile() as f:
+    f.truncate(memory.size)
+    assert not {file} or memory.read_file(0, f.fileno(), 0, memory.size) == memory.size
 lines = [line for line in open("/proc/self/smaps") if line.startswith("ShmemPmdMapped")]
 print(sum(int(line.split()[1]) for line in lines))
 """
