@@ -9,7 +9,9 @@ what it sends, and a pipe as its standard error.
 
 A job may run a guest that takes the process over. Then what the process sends is the guest's: bytes
 within a limit, which the caller has to judge. Its time is bounded, too, by a kill from here. It has
-no descriptor of the starter's and of other jobs.
+no descriptor of the starter's and of other jobs. It can make threads until the host has no room for
+another process: that end of a job says so (``scarce``), and the caller may start the job again when
+a process has ended.
 
 The kernel kills the processes when the starter ends. The starter ends with this process, whose end
 of the socket it watches.
@@ -18,17 +20,19 @@ of the socket it watches.
 from __future__ import annotations
 
 import _socket
+import errno
 import gc
 import os
 import select
 import sys
 import time
+from collections import deque
 
 from pyvmm import helper
 from pyvmm._ext import lib
 from pyvmm.errors import HostError
 from pyvmm.fd import Closing, close_all_but
-from pyvmm.hostnet.rights import close_all, recv_fds, send_fds
+from pyvmm.hostnet.rights import RightsLost, close_all, recv_fds, send_fds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +47,15 @@ else:
 
 #: Bytes that are kept of what a process writes to its standard error.
 SAID_MAX = 1 << 16
+#: Bytes that are read at once; and that a pipe has at most, unless root has made it larger.
+PIECE, PIPE_MAX = 1 << 16, 1 << 20
+#: Seconds that a process has at least for its end once somebody reads what it sends again.
+GRACE = 10.0
+#: What a system call answers if there may be room once another process has ended.
+SCARCE = (
+    *(errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS),
+    *(errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS),
+)
 #: Bytes of a message between this process and the starter.
 MESSAGE_MAX = 64
 #: poll(2) takes an int.
@@ -55,31 +68,82 @@ class Ended:
     :ivar job: its number. :ivar data: what it has sent, as far as the limit.
     :ivar flood: whether it has sent more than the limit, and was killed for that.
     :ivar late: whether it was killed because its time was over.
-    :ivar said: the beginning of what it has written to its standard error.
+    :ivar said: the end of what it has written to its standard error, at most SAID_MAX bytes.
     :ivar status: its exit status, or minus the number of the signal that has ended it.
     :ivar problem: why there was no process; empty if there was one.
+    :ivar scarce: whether there may be one once another process has ended.
     :ivar seconds: from the start to the end.
     """
 
     def __init__(self, job: int) -> None:
         self.job, self.status, self.seconds = job, 0, 0.0
         self.data, self.said, self.problem = b"", b"", ""
-        self.flood = self.late = False
+        self.flood = self.late = self.scarce = False
+
+    def fail(self, number: int) -> None:
+        """There was no process, because of the error ``number`` of errno(3)."""
+        self.problem = os.strerror(number)
+        self.scarce = number in SCARCE
+        if number == errno.EMFILE:
+            self.problem += "; raise the limit: ulimit -n"
+
+
+class _Pipe(Closing):
+    """The end of a pipe at which a process is heard. Owns it.
+
+    :ivar fd: -1 once the other end is closed. :ivar data: what has come, and is kept.
+    """
+
+    def __init__(self, fd: int, poll: select.poll) -> None:
+        self.fd, self._poll = fd, poll
+        self._heard = True
+        self.data = bytearray()
+        poll.register(fd, select.POLLIN)
+
+    def read(self) -> bool:
+        """Take what is there; returns whether there was anything."""
+        try:
+            piece = os.read(self.fd, PIECE)
+        except BlockingIOError:
+            return False  # the process itself has read it
+        self.data += piece
+        if not piece:
+            self.close()
+        return bool(piece)
+
+    def ignore(self) -> None:
+        """Hear no more; but open, or the process may end of that by itself."""
+        if self._heard:
+            self._heard = False
+            self._poll.unregister(self.fd)
+
+    def close(self) -> None:
+        """Release the end. A second call does nothing."""
+        if self.fd >= 0:
+            self.ignore()
+            os.close(self.fd)
+            self.fd = -1
 
 
 class _Running:
-    """A process as seen from here. Owns the ends of its pipes."""
+    """A process as seen from here. Owns the ends of its pipes.
 
-    def __init__(self, job: int, out: int, err: int, seconds: float) -> None:
+    :ivar until: when its time is over.
+    """
+
+    def __init__(self, job: int, out: _Pipe, err: _Pipe, seconds: float) -> None:
         self.end = Ended(job)
         self.out, self.err = out, err
         self.begin = time.monotonic()
         self.until = self.begin + seconds
-        self.data = bytearray()
 
     @property
     def killed(self) -> bool:
         return self.end.flood or self.end.late
+
+    def close(self) -> None:
+        self.out.close()
+        self.err.close()
 
 
 class Apart(Closing):
@@ -97,8 +161,9 @@ class Apart(Closing):
         self._most = most
         self.stopped = False
         self._running: dict[int, _Running] = {}
+        self._failed: deque[Ended] = deque()  # without a process; ``wait`` will tell
         self._poll = select.poll()
-        gc.freeze()  # to look at what is here by now would part the pages that processes share
+        self._attended = time.monotonic()  # when ``wait`` has looked last
         ends: tuple[_socket.socket, ...] = ()
         try:
             ends = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
@@ -116,74 +181,90 @@ class Apart(Closing):
     @property
     def running(self) -> int:
         """The number of jobs that have been started, and whose ends ``wait`` has not told."""
-        return len(self._running)
+        return len(self._running) + len(self._failed)
 
     def start(self, job: int, seconds: float) -> None:
-        """Start the process of a job; nothing after ``stop``.
+        """Start the process of a job; nothing after ``stop``. If there can be no process, ``wait``
+        says so.
 
         :param job: a number that no running job has. :param seconds: after which it is killed.
-        :raises HostError: the starter has ended, or there are no descriptors.
+        :raises HostError: the starter has ended.
         """
         pipes: list[int] = []
         try:
             for _ in range(2):
                 pipes += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             out, theirs, err, said = pipes
-            os.set_blocking(theirs, True)  # but a full pipe loses words of standard error
+            for number in (theirs, said):
+                os.set_blocking(number, True)
             send_fds(self._channel, f"start {job}".encode(), (theirs, said))
         except OSError as e:
             close_all(pipes)
             if self.stopped:
                 return
-            raise HostError(
-                f"cannot start a process for a job: {e.strerror}", "raise the limit: ulimit -n"
-            ) from e
+            if e.errno not in SCARCE:
+                what = f"cannot start a process for a job: {e.strerror}"
+                raise HostError(what, "the host's memory may have run out") from e
+            self._failed.append(Ended(job))
+            self._failed[-1].fail(e.errno)
+            return
         close_all((theirs, said))
-        self._running[job] = _Running(job, out, err, seconds)
-        self._poll.register(out, select.POLLIN)
+        self._running[job] = _Running(job, _Pipe(out, self._poll), _Pipe(err, self._poll), seconds)
 
     def wait(self) -> Ended | None:
         """Wait until the process of a job has ended; None after ``stop``.
 
+        The time in which nobody waits here, or in which this process is stopped, delays a process
+        that has much to send. So it does not count, but for what is more than ``GRACE``.
+
         :raises HostError: the starter has ended by itself.
         """
+        if self._failed:
+            return None if self.stopped else self._failed.popleft()
         while True:
-            ready = {fd for fd, _ in self._poll.poll(self._patience())}
+            ready = self._ready()
             for one in list(self._running.values()):
-                if one.out in ready:
+                if one.out.fd in ready:
                     self._hear(one)
+                if one.err.fd in ready:
+                    _listen(one)
             if self._channel.fileno() in ready:
                 return self._told()
             # What has come by now counts.
-            now = time.monotonic()
             for one in self._running.values():
-                if now >= one.until and not one.killed:
+                if self._attended >= one.until and not one.killed:
                     one.end.late = True
                     self._kill(one)
 
-    def _patience(self) -> float | None:
+    def _ready(self) -> set[int]:
+        """Wait for descriptors, or for the end of the next process's time."""
+        begin = time.monotonic()
+        patience = self._patience(begin)
+        ready = {fd for fd, _ in self._poll.poll(patience)}
+        now = time.monotonic()
+        late = 0.0 if patience is None else max(now - begin - patience / 1000, 0)
+        for one in self._running.values():
+            away = begin - max(self._attended, one.begin) + late
+            one.until = max(one.until, min(one.until + away, now + GRACE))
+        self._attended = now
+        return ready
+
+    def _patience(self, now: float) -> float | None:
         """Until the time of the next process is over; for poll(2)."""
         until = min((r.until for r in self._running.values() if not r.killed), default=None)
         if until is None:
             return None
-        return min(max(until - time.monotonic(), 0) * 1000 + 1, DAY_MS)
+        return min(max(until - now, 0) * 1000 + 1, DAY_MS)
 
-    def _hear(self, one: _Running) -> None:
-        """Take what a process has sent."""
-        try:
-            piece = os.read(one.out, 1 << 16)
-        except BlockingIOError:
-            return  # the process itself has read it
-        one.data += piece
-        if len(one.data) > self._most:
+    def _hear(self, one: _Running) -> bool:
+        """Take what a process has sent; whether there was anything, within the limit."""
+        some = one.out.read()
+        if len(one.out.data) > self._most:
             one.end.flood = True
-            del one.data[self._most :]
+            del one.out.data[self._most :]
             self._kill(one)
-            self._poll.unregister(one.out)  # but open, or the process may end of that by itself
-        elif not piece:
-            self._poll.unregister(one.out)
-            os.close(one.out)
-            one.out = -1
+            one.out.ignore()
+        return some and not one.end.flood
 
     def _kill(self, one: _Running) -> None:
         try:
@@ -200,30 +281,22 @@ class Apart(Closing):
             raise HostError("pyvmm's starter has ended", "the host's memory may have run out")
         what, job, number = data.decode().split()
         one = self._running.pop(int(job))
-        while one.out >= 0 and not one.end.flood:
-            before = len(one.data)
-            self._hear(one)
-            if len(one.data) == before:
-                break  # it keeps its own pipe open
         end = one.end
+        while not end.flood and one.out.fd >= 0 and self._hear(one):
+            pass
+        for _ in range(PIPE_MAX // PIECE):  # a process of its own may go on to write
+            if one.err.fd < 0 or not _listen(one):
+                break
         if what == "ended":
             end.status = int(number)
+            # Else it has ended by itself before it could be killed.
+            end.late = end.late and end.status == -signal.SIGKILL
         else:
-            end.problem = os.strerror(int(number))
-        end.data, end.seconds = bytes(one.data), time.monotonic() - one.begin
-        try:
-            end.said = os.read(one.err, SAID_MAX)
-        except BlockingIOError:
-            pass
-        self._release(one)
+            end.fail(int(number))
+        end.data, end.said = bytes(one.out.data), bytes(one.err.data)
+        end.seconds = time.monotonic() - one.begin
+        one.close()
         return end
-
-    def _release(self, one: _Running) -> None:
-        if one.out >= 0:
-            if not one.end.flood:
-                self._poll.unregister(one.out)
-            os.close(one.out)
-        os.close(one.err)
 
     def stop(self) -> None:
         """Kill all processes, and start no more. Any thread; does not wait."""
@@ -244,7 +317,15 @@ class Apart(Closing):
             except ChildProcessError:
                 pass  # whoever uses this library ignores SIGCHLD
         while self._running:
-            self._release(self._running.popitem()[1])
+            self._running.popitem()[1].close()
+        self._failed.clear()
+
+
+def _listen(one: _Running) -> bool:
+    """Take what a process has written to its standard error; whether there was anything."""
+    some = one.err.read()
+    del one.err.data[:-SAID_MAX]
+    return some
 
 
 def _received(channel: _socket.socket) -> tuple[bytes, list[int]]:
@@ -262,6 +343,7 @@ def _be_starter(channel: _socket.socket, body: Body, name: bytes) -> NoReturn:
     status = 1
     try:
         helper.withdraw(b"pyvmm-starter")
+        gc.freeze()  # to look at what is here by now would part the pages that processes share
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it has no statuses
         close_all_but((channel.fileno(),))
         _Starter(channel, body, name).serve()
@@ -289,8 +371,8 @@ class _Starter:
                         self._ended(fd)
                     elif not self._asked():
                         return
-        except BrokenPipeError:
-            pass  # the other end is closed
+        except ConnectionError:
+            pass  # the other end is closed, whether or not it has left a message unread
         finally:
             for _, pid in self._children.values():
                 os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is its own
@@ -299,7 +381,11 @@ class _Starter:
 
     def _asked(self) -> bool:
         """Do what the next message says; False at the end."""
-        data, fds = _received(self._channel)
+        try:
+            data, fds = _received(self._channel)
+        except RightsLost as e:
+            self._tell("failed", int(e.data.split()[1]), errno.EMFILE)
+            return True
         if not data:
             return False
         what, number = data.decode().split()

@@ -22,7 +22,13 @@ RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
 class RightsLost(HostError):
     """A message was cut off: it had more bytes or descriptors than the receiver allows, or this
     process may not open so many descriptors.
+
+    :ivar data: the bytes that were received.
     """
+
+    def __init__(self, cause: str, hint: str = "", *, data: bytes) -> None:
+        super().__init__(cause, hint)
+        self.data = data
 
 
 def send_fds(sock: _socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0) -> int:
@@ -59,10 +65,11 @@ def recv_fds(sock: _socket.socket, size: int, most: int) -> tuple[bytes, list[in
     if len(fds) > most or flags & (_socket.MSG_CTRUNC | _socket.MSG_TRUNC):
         close_all(fds)
         if flags & _socket.MSG_TRUNC:
-            raise RightsLost(f"a message of more than {size} bytes was cut off")
+            raise RightsLost(f"a message of more than {size} bytes was cut off", data=data)
         raise RightsLost(
             f"a message with more than {most} descriptors, or more than this process may open",
             "raise the limit: ulimit -n",
+            data=data,
         )
     return data, fds
 

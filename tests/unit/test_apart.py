@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import gc
 import os
+import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,6 +52,17 @@ def descriptors() -> Iterator[tuple[int, str]]:
 def forever() -> None:
     while True:
         signal.pause()
+
+
+def unread(jobs: Apart, job: int = 0) -> int:
+    """Bytes that a process has sent, and that nobody has read."""
+    count = bytearray(4)
+    fcntl.ioctl(jobs._running[job].out.fd, termios.FIONREAD, count)
+    return int.from_bytes(count, sys.byteorder)
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
 def test_several_at_a_time() -> None:
@@ -93,8 +110,12 @@ def test_silence(stopped: bool) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         forever()
 
-    end = end_of(body, 0.2)
-    assert end.late and not end.flood
+    with Apart(body, most=MOST, name=b"apart") as jobs:
+        jobs.start(0, LONG)
+        assert wait_for(lambda: unread(jobs) == 4)
+        jobs._running[0].until = time.monotonic()
+        end = jobs.wait()
+    assert end is not None and end.late and not end.flood
     assert (end.status, end.data) == (-signal.SIGKILL, b"some")
 
 
@@ -104,6 +125,83 @@ def test_what_has_come_by_then_is_kept() -> None:
         jobs.start(0, LONG)
         jobs._running[0].until = 0.0
         assert wait_for(lambda: select.select([jobs._channel], [], [], 0)[0])
+        end = jobs.wait()
+    assert end is not None and (end.data, end.status, end.late) == (b"all", 0, False)
+
+
+class Clock:
+    """The time, for a process that may have been away."""
+
+    def __init__(self) -> None:
+        self.away = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.away
+
+
+class StoppedPoll:
+    """As ``select.poll``, in a process that is stopped while it waits, for once."""
+
+    def __init__(self, real: select.poll, clock: Clock) -> None:
+        self._real, self._clock = real, clock
+        self.unregister = real.unregister
+
+    def poll(self, patience: float | None) -> list[tuple[int, int]]:
+        ready = self._real.poll(patience)
+        self._clock.away = 2 * LONG
+        return ready
+
+
+@pytest.mark.parametrize("when", ["before", "in between"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_caller_that_was_away(monkeypatch: pytest.MonkeyPatch, when: str, ends: bool) -> None:
+    """A process that had to wait for its reader has time to send the rest, but not for ever."""
+
+    def body(job: int, send: Send) -> None:
+        send(bytes(MOST))
+        if not ends:
+            forever()
+
+    clock = Clock()
+    monkeypatch.setattr(apart, "time", clock)
+    monkeypatch.setattr(apart, "GRACE", LONG / 2 if ends else 0.5)
+    with Apart(body, most=MOST, name=b"apart") as jobs:
+        jobs.start(0, LONG)
+        assert wait_for(lambda: unread(jobs) == 1 << 16)  # more does not go into the pipe
+        if when == "before":
+            clock.away = 2 * LONG
+        else:
+            monkeypatch.setattr(jobs, "_poll", StoppedPoll(jobs._poll, clock))
+        end = jobs.wait()
+    assert end is not None and end.late is not ends
+    if ends:
+        assert (len(end.data), end.status) == (MOST, 0)
+
+
+def test_a_process_that_ends_just_before_it_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has ended by itself, and was not late."""
+
+    def body(job: int, send: Send) -> None:
+        signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(0))
+        send(b"all")
+        forever()
+
+    with Apart(body, most=MOST, name=b"apart") as jobs:
+        jobs.start(0, LONG)
+        assert wait_for(lambda: unread(jobs) == 3)
+        starter, pid = pids(jobs)
+        kill = jobs._kill
+
+        def late_kill(one: apart._Running) -> None:
+            kill(one)
+            os.kill(starter, signal.SIGCONT)
+
+        monkeypatch.setattr(jobs, "_kill", late_kill)
+        os.kill(starter, signal.SIGSTOP)
+        assert wait_for(lambda: state(starter) == "T")
+        os.kill(pid, signal.SIGUSR1)
+        assert wait_for(lambda: state(pid) == "Z")
+        jobs._running[0].until = time.monotonic()
         end = jobs.wait()
     assert end is not None and (end.data, end.status, end.late) == (b"all", 0, False)
 
@@ -132,19 +230,39 @@ def test_a_caller_that_ignores_the_ends_of_children() -> None:
 
 
 def test_words_without_end() -> None:
-    """What standard error takes is limited, and a process that has more to say does not wait."""
+    """A process may say as much as it wants; the end of that is kept, which says why it died."""
 
     def body(job: int, send: Send) -> None:
-        for _ in range(1000):
-            try:
-                os.write(2, b"x" * 1000)
-            except BlockingIOError:
-                send(b"full")
-                return
+        for number in range(20_000):
+            print(f"{number:99}", file=sys.stderr)
+        send(b"all")
+        raise KeyError("the last word")
 
     end = end_of(body)
-    assert (end.status, end.data) == (0, b"full")
-    assert end.said.startswith(b"xxx") and len(end.said) <= apart.SAID_MAX
+    assert (end.status, end.data, len(end.said)) == (1, b"all", apart.SAID_MAX)
+    assert b" 19999\nTraceback" in end.said and end.said.endswith(b"KeyError: 'the last word'\n")
+
+
+def test_a_process_that_closes_its_pipes() -> None:
+    """That is not yet its end, and what it has sent before counts."""
+
+    def body(job: int, send: Send) -> None:
+        signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(3))
+        send(b"%d" % job)
+        if not job:
+            os.closerange(2, 100)
+            forever()
+
+    with Apart(body, most=MOST, name=b"apart") as jobs:
+        jobs.start(0, LONG)
+        pid = pids(jobs)[1]
+        assert wait_for(lambda: not any(Path(f"/proc/{pid}/fd").glob("[2-9]")))
+        jobs.start(1, LONG)
+        other = jobs.wait()
+        os.kill(pid, signal.SIGUSR1)
+        end = jobs.wait()
+    assert other is not None and (other.job, other.data) == (1, b"1")
+    assert end is not None and (end.job, end.data, end.said, end.status) == (0, b"0", b"", 3)
 
 
 def test_a_process_that_reads_its_own_pipe() -> None:
@@ -200,8 +318,62 @@ def test_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         first = jobs.wait()
         jobs.start(1, LONG)
         second = jobs.wait()
-    assert first is not None and first.problem == os.strerror(errno.EAGAIN)
-    assert second is not None and not second.problem
+    assert first is not None and first.problem == os.strerror(errno.EAGAIN) and first.scarce
+    assert second is not None and not second.problem and not second.scarce
+
+
+@pytest.mark.parametrize("where", ["here", "in the starter"])
+def test_no_descriptors(where: str) -> None:
+    """``wait`` says so, and once there are some again, all goes on."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+    def limit(pid: int, most: int) -> None:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, hard))
+
+    with Apart(lambda job, send: None, most=MOST, name=b"apart") as jobs:
+        pid = 0 if where == "here" else jobs._pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]
+        jobs.start(0, LONG)
+        jobs.wait()  # the starter is ready
+        try:
+            limit(pid, 3)
+            jobs.start(0, LONG)
+            assert jobs.running == 1
+            first = jobs.wait()
+        finally:
+            limit(pid, before)
+        jobs.start(1, LONG)
+        second = jobs.wait()
+        assert not jobs.running
+    assert first is not None and first.job == 0 and first.scarce
+    assert first.problem == "Too many open files; raise the limit: ulimit -n"
+    assert second is not None and (second.job, second.problem, second.status) == (1, "", 0)
+
+
+def test_nothing_stays_frozen() -> None:
+    """The collector of the caller's garbage goes on as before."""
+    before = gc.get_freeze_count()
+    with Apart(lambda job, send: None, most=MOST, name=b"apart"):
+        assert gc.get_freeze_count() == before
+
+
+def test_a_caller_that_leaves_a_message_unread() -> None:
+    """The starter, which has another one to send, ends without a word."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    starter = apart._Starter(theirs, lambda job, send: None, b"apart")
+    read, write = os.pipe()
+    starter._start(0, [write, write])
+    os.close(write)
+    starter._poll.unregister(theirs)
+    starter._poll.register(theirs, select.POLLIN)  # behind the process, which is attended first
+    ((child, (_, pid)),) = starter._children.items()
+    assert wait_for(lambda: select.select([child], [], [], 0)[0])
+    starter._tell("ended", 1, 0)
+    ours.close()
+    starter.serve()
+    theirs.close()
+    os.close(read)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_no_starter(monkeypatch: pytest.MonkeyPatch) -> None:
