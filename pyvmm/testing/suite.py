@@ -120,50 +120,74 @@ class Result:
 
 
 class Suite(Closing):
-    """Runs cases, and ends them. A context manager.
+    """Runs cases once, and ends them. A context manager: it has a process from the beginning,
+    which ``close`` ends, and so does ``run`` at its end.
 
     Make it before this process has threads, because it forks a process that needs none of them.
 
-    :param jobs: machines at a time.
+    :param jobs: machines at a time, 1 or more.
     :param sandbox: ``auto``, ``on`` or ``off``: whether the process of each kernel is confined
         (docs/sandbox.md). This process never is.
     :ivar sandbox: ``on`` or ``off``, and the reason if ``auto`` cannot make it whole.
+    :raises UsageError: no machine at a time.
     :raises SandboxError: ``on``, and this host cannot confine a process.
     :raises HostError: there can be no process.
     """
 
     def __init__(self, cases: Sequence[Case], jobs: int = 1, *, sandbox: str = "auto") -> None:
+        if jobs < 1:
+            raise UsageError(f"{jobs} machines at a time", "use jobs=1 or more")
         self._cases, self._jobs, self._want = list(cases), jobs, sandbox
+        self._used = False
         self.sandbox = outlook(sandbox)
         for name in MODULES:
             __import__(name)
         self._apart = Apart(self._boot, most=answer.ANSWER_MAX, name=b"pyvmm-kernel")
 
     def run(self) -> Iterator[Result]:
-        """Run the cases; yields each result as soon as it exists, in the order of the ends.
+        """Run the cases; yields each result as soon as it exists, in the order of the ends. Once.
 
+        If the host has no room for one more process, its case waits until another process has
+        ended.
+
+        :raises UsageError: the suite was run before, or closed.
         :raises PyvmmError: this host cannot make any machine; all machines have been stopped.
         """
+        if self._used:
+            raise UsageError("this suite was run before, or closed", "make another one")
+        self._used = True
+        return self._results()
+
+    def _results(self) -> Iterator[Result]:
         todo = deque(enumerate(self._cases))
+        full = False  # the host has no room for one more process than there are
         try:
             while (todo or self._apart.running) and not self._apart.stopped:
-                while todo and self._apart.running < self._jobs:
+                while todo and self._apart.running < self._jobs and not full:
                     number, case = todo.popleft()
                     if case.skip:
                         yield Result(case, Verdict("skipped", case.skip))
                     else:
                         self._apart.start(number, longest(case.timeout))
-                if self._apart.running and (ended := self._apart.wait()) is not None:
+                if not self._apart.running or (ended := self._apart.wait()) is None:
+                    continue
+                full = ended.scarce and self._apart.running > 0
+                if full:
+                    todo.appendleft((ended.job, self._cases[ended.job]))
+                else:
                     yield self._result(ended)
         finally:
             self.close()
 
     def stop(self) -> None:
-        """End the running machines soon, and start no more. Any thread; does not wait."""
+        """End the running machines soon, and start no more: their cases have no result, and ``run``
+        yields no more. Any thread; does not wait.
+        """
         self._apart.stop()
 
     def close(self) -> None:
         """End the running machines; returns when none is left. A second call does nothing."""
+        self._used = True
         self._apart.close()
 
     def _result(self, ended: Ended) -> Result:
