@@ -22,8 +22,8 @@ Each kernel has a process of its own, which is confined unless --sandbox off is 
 (docs/sandbox.md).
 
 Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 101 a
-result could not be written, 102..104 no usable KVM, 130 Ctrl-C, 132 --sandbox on is impossible, 134
---jail is impossible or its memory ran out.
+result could not be written or pyvmm had to give up, 102..104 no usable KVM, 130 Ctrl-C, 132
+--sandbox on is impossible, 134 --jail is impossible or its memory ran out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from pyvmm.cli.support.options import (
 )
 from pyvmm.cli.support.outputs import Outputs
 from pyvmm.cli.support.screen import colours
-from pyvmm.errors import ImageError, UsageError
+from pyvmm.errors import ImageError, PyvmmError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -283,7 +283,10 @@ def _in_jail(args: argparse.Namespace, cases: list[Case]) -> int:
 
 
 def _attend(args: argparse.Namespace, cases: list[Case], suite: Suite, outputs: Outputs) -> int:
-    """Run the cases, show each result, write the outputs; returns the exit status."""
+    """Run the cases, show each result, write the outputs; returns the exit status.
+
+    :raises PyvmmError: as ``Suite.run``; if there are results, they have been written before.
+    """
     from pyvmm.cli.support.signals import Terminated
     from pyvmm.cli.support.verdicts import annotate
     from pyvmm.testing.suite import Result
@@ -294,7 +297,8 @@ def _attend(args: argparse.Namespace, cases: list[Case], suite: Suite, outputs: 
     show = _Tap(len(cases), args) if args.tap else _Plain(len(cases), args)
     begin = time.monotonic()
     results: list[Result] = []
-    ended = 0
+    error: Terminated | PyvmmError | None = None
+    rest = Verdict("interrupted", "not run to its end")
     try:
         for result in suite.run():
             results.append(result)
@@ -304,19 +308,26 @@ def _attend(args: argparse.Namespace, cases: list[Case], suite: Suite, outputs: 
                     f"pyvmm {result.verdict.kind}", f"{result.case.name}: {result.verdict.message}"
                 )
     except Terminated as e:
+        error = e
+    except PyvmmError as e:
+        if not results:
+            raise
+        error, rest = e, Verdict("host-problem", f"not run to its end: {e.cause}")
+    if error is not None:
         suite.close()
-        ended = 128 + e.number
         done = {id(r.case) for r in results}
-        for case in cases:
-            if id(case) not in done:
-                results.append(Result(case, Verdict("interrupted", "not run to its end")))
+        results += [Result(case, rest) for case in cases if id(case) not in done]
     seconds = time.monotonic() - begin
     show.end(results, seconds)
     if "--junit" in outputs:
         outputs.write("--junit", _junit(results, seconds))
     if "--json" in outputs:
         outputs.write("--json", _json(results, seconds))
-    return ended or int(not all(r.verdict.good for r in results))
+    if isinstance(error, Terminated):
+        return 128 + error.number
+    if error is not None:
+        raise error
+    return int(not all(r.verdict.good for r in results))
 
 
 def _summary(results: list[Result]) -> dict[str, int]:

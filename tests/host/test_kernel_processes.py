@@ -234,15 +234,33 @@ def test_a_command_that_is_killed(guest: Guest) -> None:
         assert wait_for(lambda: gone(pids))
 
 
-def test_a_starter_that_is_killed(guest: Guest) -> None:
-    """One line, and no machine goes on."""
-    with started("--jobs", "2", *HANG, *kernels(guest)) as process:
+def test_a_starter_that_is_killed(guest: Guest, tmp_path: Path) -> None:
+    """One line, no machine goes on, and what has ended is reported."""
+    report, junit = tmp_path / "r.json", tmp_path / "j.xml"
+    files = ("--json", str(report), "--junit", str(junit))
+    with started("--jobs", "2", *files, *HANG, *kernels(guest)) as process:
         pids = hanging(process)
         os.kill(pids[0], signal.SIGKILL)
-        _, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, err.count("\n")) == (101, 1)
         assert err.startswith("pyvmm: pyvmm's starter has ended; ")
         assert wait_for(lambda: gone(pids))
+    assert ": 2 passed, 1 failed, 0 skipped" in out
+    told = results(report)
+    assert {name: test["verdict"] for name, test in told.items()} == {
+        "hello": "passed",
+        "smp": "passed",
+        "reset": "host-problem",
+    }
+    assert told["reset"]["message"] == "not run to its end: pyvmm's starter has ended"
+    assert "starter has ended" in junit.read_text()
+
+
+def test_too_few_descriptors(guest: Guest) -> None:
+    """Fewer kernels run at a time then."""
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40));"
+    status, out, err = run("--jobs", "30", *[guest("hello")] * 30, code=code)
+    assert (status, err) == (0, "") and ": 30 passed, 0 failed, 0 skipped" in out
 
 
 def test_the_same_with_and_without(guest: Guest, tmp_path: Path) -> None:
