@@ -10,8 +10,8 @@ what it sends, and a pipe as its standard error.
 A job may run a guest that takes the process over. Then what the process sends is the guest's: bytes
 within a limit, which the caller has to judge. Its time is bounded, too, by a kill from here. It has
 no descriptor of the starter's and of other jobs. It can make threads until the host has no room for
-another process: that end of a job says so (``scarce``), and the caller may start the job again when
-a process has ended.
+another process or thread: then the end of another job says so (``scarce``), and the caller may
+start that job again when a process has ended.
 
 The kernel kills the processes when the starter ends. The starter ends with this process, whose end
 of the socket it watches.
@@ -71,7 +71,8 @@ class Ended:
     :ivar said: the end of what it has written to its standard error, at most SAID_MAX bytes.
     :ivar status: its exit status, or minus the number of the signal that has ended it.
     :ivar problem: why there was no process; empty if there was one.
-    :ivar scarce: whether there may be one once another process has ended.
+    :ivar scarce: whether the job may do better once another process has ended: there was no room
+        for a process, or the process says so, which is not to be trusted.
     :ivar seconds: from the start to the end.
     """
 
@@ -86,6 +87,10 @@ class Ended:
         self.scarce = number in SCARCE
         if number == errno.EMFILE:
             self.problem += "; raise the limit: ulimit -n"
+
+
+class Scarce(Exception):
+    """Raised by a body, in the process of a job: the host has no room for what the job needs."""
 
 
 class _Pipe(Closing):
@@ -150,7 +155,8 @@ class Apart(Closing):
     """Runs jobs; ends all of them at ``close``.
 
     :param body: what the process of a job does: called there with the job's number and a function
-        that sends bytes here. An exception of it goes to standard error, and the status is 1.
+        that sends bytes here. An exception of it goes to standard error, and the status is 1; but
+        ``Scarce`` is told in silence.
     :param most: bytes that a process may send.
     :param name: of each process, for ``ps``; at most 15 bytes.
     :ivar stopped: whether ``stop`` or ``close`` was called.
@@ -291,6 +297,7 @@ class Apart(Closing):
             end.status = int(number)
             # Else it has ended by itself before it could be killed.
             end.late = end.late and end.status == -signal.SIGKILL
+            end.scarce = end.status == os.EX_TEMPFAIL
         else:
             end.fail(int(number))
         end.data, end.said = bytes(one.out.data), bytes(one.err.data)
@@ -433,6 +440,8 @@ class _Starter:
 
             self._body(job, send)
             status = 0
+        except Scarce:
+            status = os.EX_TEMPFAIL
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:

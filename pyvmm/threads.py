@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     Value = TypeVar("Value")
 
 
+class NoThread(RuntimeError):
+    """The system, or a limit of this process's user or cgroup, has no room for one more thread."""
+
+
 class Thread(threading.Thread):
     """A thread that ``top -H`` shows by its own name, and that tools which pin threads can find.
 
@@ -37,7 +41,13 @@ class Thread(threading.Thread):
         self._failed = failed
 
     def start(self) -> None:
-        aside(super().start)
+        """As in the base class. :raises NoThread: there is no room for it."""
+        try:
+            aside(super().start)
+        except RuntimeError as e:
+            if self.ident is not None:  # it was started before
+                raise
+            raise NoThread(str(e)) from e
 
     def run(self) -> None:
         lib.pv_thread_name(self.name.encode())

@@ -14,8 +14,8 @@ import threading
 from collections import deque
 
 from pyvmm import helper
-from pyvmm.apart import Apart, Ended
-from pyvmm.errors import ImageError, PyvmmError, ThreadStopped, UsageError
+from pyvmm.apart import Apart, Ended, Scarce
+from pyvmm.errors import HostError, ImageError, PyvmmError, ThreadStopped, UsageError
 from pyvmm.fd import Closing
 from pyvmm.machine import Machine
 from pyvmm.sandbox import longest, outlook
@@ -23,6 +23,7 @@ from pyvmm.testing import answer, points
 from pyvmm.testing.answer import Answer, BadAnswer
 from pyvmm.testing.judge import entry_lines, state_lines
 from pyvmm.testing.verdict import Verdict, judge_test, last_lines, of_error
+from pyvmm.threads import NoThread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ class Suite(Closing):
     def run(self) -> Iterator[Result]:
         """Run the cases; yields each result as soon as it exists, in the order of the ends. Once.
 
-        If the host has no room for one more process, its case waits until another process has
-        ended.
+        If the host has no room for one more process and its threads, the case waits until another
+        process has ended. A process that says so without need only delays its own verdict.
 
         :raises UsageError: the suite was run before, or closed.
         :raises PyvmmError: this host cannot make any machine; all machines have been stopped.
@@ -241,6 +242,10 @@ class Suite(Closing):
                 send(answer.encode_error(e))
                 return
             found = Answer(of_error(e))
+        except NoThread as e:
+            why = HostError("there can be no thread for this kernel", "raise the limit: ulimit -u")
+            send(Answer(of_error(why)).encode())
+            raise Scarce from e
         send(found.encode())
 
 
@@ -295,6 +300,6 @@ def _death(case: Case, ended: Ended, said: list[str]) -> Verdict | None:
             name = f"signal {-ended.status}"
         hint = "; the host's memory may have run out" if name == "SIGKILL" else ""
         return Verdict("host-problem", f"{OURS} was killed ({name}){hint}")
-    if ended.status:
+    if ended.status and not ended.scarce:
         return Verdict("host-problem", f"{OURS} has failed, with status {ended.status}")
     return None

@@ -953,6 +953,45 @@ def test_kernels(guest: Guest, tmp_path: Path) -> None:
     assert ": 3 passed, 0 failed" in done.stdout
 
 
+#: ``pyvmm test`` whose process of the kernel ``reset`` takes all threads that its user may have,
+#: and keeps them for a while.
+GREEDY = """
+import os, resource, sys, threading, time
+from pyvmm import cli
+from pyvmm.testing.suite import Suite
+boot = Suite._boot
+def other(self, number, send):
+    if self._cases[number].name != "reset":
+        return boot(self, number, send)
+    try:
+        while True:
+            threading.Thread(target=time.sleep, args=(600,)).start()
+    except RuntimeError:
+        time.sleep(2)
+        os._exit(0)
+Suite._boot = other
+resource.setrlimit(resource.RLIMIT_NPROC, (60, 60))
+sys.exit(cli.main())
+"""
+
+
+def test_a_kernel_s_process_takes_all_threads(guest: Guest) -> None:
+    """The other kernels wait until it has ended, and then run."""
+    kernels = [guest(name) for name in ("reset", "hello", "smp", "exits")]
+    argv = [sys.executable, "-c", GREEDY, "test", "--host", "local", *OPTION, "--jobs", "2"]
+    done = subprocess.run(
+        [*argv, *kernels],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stderr) == (1, ""), done
+    assert "FAIL reset: pyvmm's process for it has sent nothing" in done.stdout
+    assert ": 3 passed, 1 failed" in done.stdout
+
+
 def test_a_kernel_s_process_is_killed(guest: Guest) -> None:
     """By its own verdict: the other kernels run, and nothing is left."""
     options = ["--timeout", "600", "--append", "how=hang", "--jobs", "2"]

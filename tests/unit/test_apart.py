@@ -54,6 +54,10 @@ def forever() -> None:
         signal.pause()
 
 
+def no_room(job: int, send: Send) -> None:
+    raise apart.Scarce
+
+
 def unread(jobs: Apart, job: int = 0) -> int:
     """Bytes that a process has sent, and that nobody has read."""
     count = bytearray(4)
@@ -213,11 +217,12 @@ def test_a_process_that_ends_just_before_it_is_killed(monkeypatch: pytest.Monkey
         (lambda job, send: os.kill(os.getpid(), signal.SIGSEGV), -signal.SIGSEGV, b""),
         (lambda job, send: 1 // 0, 1, b"ZeroDivisionError: integer division or modulo by zero\n"),
         (lambda job, send: sys.exit("why"), 1, b"SystemExit: why\n"),
+        (no_room, os.EX_TEMPFAIL, b""),
     ],
 )
 def test_other_ends(body: Body, status: int, said: bytes) -> None:
     end = end_of(body)
-    assert end.status == status
+    assert end.status == status and end.scarce is (body is no_room)
     assert end.said.endswith(said) and bool(end.said) == bool(said)
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm import apart
 from pyvmm.errors import UsageError
 from pyvmm.testing import answer
 from pyvmm.testing.answer import Answer
 from pyvmm.testing.suite import Case, Suite
 from pyvmm.testing.verdict import Verdict
+from pyvmm.threads import NoThread
 
 PASSED = Answer(Verdict("passed"))
 CASES = [Case(name, "/nonexistent") for name in ("a", "b", "c", "d", "e")]
@@ -62,6 +64,42 @@ def test_no_room_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {r.verdict.kind for r in results} == {"host-problem"}
     what = f"there can be no process for this kernel: {os.strerror(errno.EAGAIN)}"
     assert {r.verdict.message for r in results} == {what}
+
+
+def test_processes_that_say_that_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not that is true: each has a verdict in the end, and the others run."""
+
+    def boot(self: Suite, number: int, send: Callable[[bytes], None]) -> None:
+        send(PASSED.encode())
+        if CASES[number].name in "ac":
+            send(b"?")
+            raise apart.Scarce
+
+    monkeypatch.setattr(Suite, "_boot", boot)
+    with Suite(CASES, jobs=3) as suite:
+        found = sorted((r.case.name, r.verdict.kind) for r in suite.run())
+    bad = "host-problem"
+    assert found == [("a", bad), ("b", "passed"), ("c", bad), ("d", "passed"), ("e", "passed")]
+
+
+def test_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict of a kernel that is alone says what there is too little of."""
+
+    def boot(self: Suite, number: int, send: Callable[[bytes], None]) -> None:
+        def none(*args: object, **kwargs: object) -> None:
+            raise NoThread("no more")
+
+        monkeypatch.setattr("pyvmm.testing.suite.Machine", none)
+        real(self, number, send)
+
+    monkeypatch.undo()
+    real = Suite._boot
+    monkeypatch.setattr(Suite, "_boot", boot)
+    with Suite(CASES[:1]) as suite:
+        (result,) = suite.run()
+    assert result.verdict.kind == "host-problem"
+    what = "there can be no thread for this kernel; raise the limit: ulimit -u"
+    assert result.verdict.message == what
 
 
 @pytest.mark.parametrize("jobs", [0, -1])
