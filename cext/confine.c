@@ -590,19 +590,21 @@ int pv_become_user(uint32_t uid, uint32_t gid)
 	drop_capabilities();
 	(void)syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING,
 		      NULL); /* ENOSYS: there are no keys */
-	return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) ? -errno : 0;
+	return pv_be_seen(false);
 }
 
 /**
- * pv_be_seen() - Let others of this user look at this process, as if that user had started it
+ * pv_be_seen() - Let others of this user look at this process and trace it, or not
+ * @seen:	As if that user had started it; else its own files in /proc are root's, and it
+ *		leaves no core file
  *
- * Otherwise its own files in /proc are root's.
+ * Processes that it forks are as it is.
  *
  * Return: 0; -errno
  */
-int pv_be_seen(void)
+int pv_be_seen(bool seen)
 {
-	return prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) ? -errno : 0;
+	return prctl(PR_SET_DUMPABLE, seen ? 1 : 0, 0, 0, 0) ? -errno : 0;
 }
 
 /**

@@ -38,7 +38,7 @@ int pv_confine_process(const uint32_t *ioctls, size_t count);
 int pv_confine_network(const char *readable);
 int pv_follow_parent(int32_t parent);
 int pv_become_user(uint32_t uid, uint32_t gid);
-int pv_be_seen(void);
+int pv_be_seen(bool seen);
 int pv_enter_root(const char *root);
 int pv_confine_program(uint64_t keep);
 const char *pv_call_name(int call);

@@ -4,14 +4,19 @@ limits, whoever has the process by then.
 Theory of operation. Another process, the starter, forks the processes of the jobs. It is forked
 itself before this process has a thread, and never has one: so a job finds everything imported, and
 no lock that nobody will release. The starter waits at a socket for jobs to start and processes to
-kill, and tells which have ended. The process of a job has two descriptors of this one: a pipe for
+kill, and tells which have ended. The process of a job has two descriptors of this one: a socket for
 what it sends, and a pipe as its standard error.
 
 A job may run a guest that takes the process over. Then what the process sends is the guest's: bytes
-within a limit, which the caller has to judge. Its time is bounded, too, by a kill from here. It has
-no descriptor of the starter's and of other jobs. It can make threads until the host has no room for
+within a limit, which the caller has to judge. But what the process has sent before, stays as it
+was, whether it has been read or not: nobody can open the other end of a socket by its name in
+/proc, as that of a pipe. The time of a process is bounded, too, by a kill from here. It has no
+descriptor of the starter's and of other jobs. It can make threads until the host has no room for
 another process or thread: then the end of another job says so (``scarce``), and the caller may
 start that job again when a process has ended.
+
+The starter and the processes of jobs hide what they have from others of their user, as from each
+other (``pv_be_seen``).
 
 The kernel kills the processes when the starter ends. The starter ends with this process, whose end
 of the socket it watches.
@@ -93,8 +98,8 @@ class Scarce(Exception):
     """Raised by a body, in the process of a job: the host has no room for what the job needs."""
 
 
-class _Pipe(Closing):
-    """The end of a pipe at which a process is heard. Owns it.
+class _Ear(Closing):
+    """The end of a socket or a pipe at which a process is heard. Owns it.
 
     :ivar fd: -1 once the other end is closed. :ivar data: what has come, and is kept.
     """
@@ -110,7 +115,7 @@ class _Pipe(Closing):
         try:
             piece = os.read(self.fd, PIECE)
         except BlockingIOError:
-            return False  # the process itself has read it
+            return False  # nothing more by now
         self.data += piece
         if not piece:
             self.close()
@@ -131,12 +136,12 @@ class _Pipe(Closing):
 
 
 class _Running:
-    """A process as seen from here. Owns the ends of its pipes.
+    """A process as seen from here. Owns the ends of its socket and its pipe.
 
     :ivar until: when its time is over.
     """
 
-    def __init__(self, job: int, out: _Pipe, err: _Pipe, seconds: float) -> None:
+    def __init__(self, job: int, out: _Ear, err: _Ear, seconds: float) -> None:
         self.end = Ended(job)
         self.out, self.err = out, err
         self.begin = time.monotonic()
@@ -196,16 +201,17 @@ class Apart(Closing):
         :param job: a number that no running job has. :param seconds: after which it is killed.
         :raises HostError: the starter has ended.
         """
-        pipes: list[int] = []
+        ends: list[int] = []
         try:
-            for _ in range(2):
-                pipes += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            out, theirs, err, said = pipes
-            for number in (theirs, said):
-                os.set_blocking(number, True)
+            pair = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+            ends += (end.detach() for end in pair)
+            ends += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            out, theirs, err, said = ends
+            os.set_blocking(out, False)
+            os.set_blocking(said, True)
             send_fds(self._channel, f"start {job}".encode(), (theirs, said))
         except OSError as e:
-            close_all(pipes)
+            close_all(ends)
             if self.stopped:
                 return
             if e.errno not in SCARCE:
@@ -215,7 +221,7 @@ class Apart(Closing):
             self._failed[-1].fail(e.errno)
             return
         close_all((theirs, said))
-        self._running[job] = _Running(job, _Pipe(out, self._poll), _Pipe(err, self._poll), seconds)
+        self._running[job] = _Running(job, _Ear(out, self._poll), _Ear(err, self._poll), seconds)
 
     def wait(self) -> Ended | None:
         """Wait until the process of a job has ended; None after ``stop``.
@@ -351,6 +357,7 @@ def _be_starter(channel: _socket.socket, body: Body, name: bytes) -> NoReturn:
     try:
         helper.withdraw(b"pyvmm-starter")
         gc.freeze()  # to look at what is here by now would part the pages that processes share
+        lib.pv_be_seen(False)  # nor its children
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it has no statuses
         close_all_but((channel.fileno(),))
         _Starter(channel, body, name).serve()

@@ -408,7 +408,7 @@ def _nothing(number: int, frame: object) -> None:
 def _be_command(body: Callable[[], int], mask: set[int | signal.Signals]) -> NoReturn:
     status = HostError.exit_code
     try:
-        lib.pv_be_seen()
+        lib.pv_be_seen(True)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.environ["XDG_RUNTIME_DIR"] = os.environ["TMPDIR"] = emptyroot.SCRATCH
         status = body()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import gc
@@ -270,20 +271,57 @@ def test_a_process_that_closes_its_pipes() -> None:
     assert end is not None and (end.job, end.data, end.said, end.status) == (0, b"0", b"", 3)
 
 
-def test_a_process_that_reads_its_own_pipe() -> None:
-    """It takes away what it has sent, and keeps the pipe open: nobody waits for that."""
+def test_what_was_sent_stays_sent() -> None:
+    """A process that reads what it writes to, opens it again or shuts it down, takes nothing back,
+    however late somebody else reads.
+    """
+
+    def body(job: int, send: Send) -> None:
+        send(b"first")
+        for number, _ in descriptors():
+            for flags in (os.O_RDONLY, os.O_RDWR):
+                with contextlib.suppress(OSError):
+                    own = os.open(f"/proc/self/fd/{number}", flags | os.O_NONBLOCK)
+                    os.read(own, 100)
+            with contextlib.suppress(OSError):
+                os.set_blocking(number, False)
+                os.read(number, 100)
+        send(b" and last")
+        for number, _ in descriptors():
+            with contextlib.suppress(OSError):
+                socket.socket(fileno=number).shutdown(socket.SHUT_RDWR)
+
+    with Apart(body, most=MOST, name=b"apart") as jobs:
+        jobs.start(0, LONG)
+        assert select.select([jobs._channel], [], [], LONG)[0]  # the process has ended
+        end = jobs.wait()
+    assert end is not None and (end.data, end.status, end.said) == (b"first and last", 0, b"")
+
+
+def test_a_process_that_sends_descriptors() -> None:
+    """Also its own end: nobody gets them, and nobody waits for it to be closed."""
 
     def body(job: int, send: Send) -> None:
         out = next(number for number, _ in descriptors() if number > 2)
-        own = os.open(f"/proc/self/fd/{out}", os.O_RDONLY | os.O_NONBLOCK)
-        while True:
-            send(b"x")
-            try:
-                os.read(own, 1)
-            except BlockingIOError:
-                return
+        own = socket.socket(fileno=out)
+        own.sendmsg(
+            [b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, out.to_bytes(4, sys.byteorder))]
+        )
 
-    assert end_of(body).status == 0
+    before = set(descriptors())
+    end = end_of(body)
+    assert (end.data, end.status) == (b"x", 0)
+    assert set(descriptors()) == before
+
+
+def test_nobody_looks_at_a_process() -> None:
+    """Others of its user, as the processes of other jobs, cannot open what it has."""
+
+    def body(job: int, send: Send) -> None:
+        send(b"%d" % ctypes.CDLL(None).prctl(3))  # PR_GET_DUMPABLE
+
+    assert end_of(body).data == b"0"
+    assert ctypes.CDLL(None).prctl(3) == 1  # the caller is as it was
 
 
 def test_what_a_process_has() -> None:
@@ -303,7 +341,7 @@ def test_what_a_process_has() -> None:
     *fds, _, _, session, name = end.data.decode().split()
     links = dict(word.split("=") for word in fds)
     assert links.pop("0") == links.pop("1") == "/dev/null"
-    assert links.pop("2") == "pipe" and list(links.values()) == ["pipe"]
+    assert links.pop("2") == "pipe" and list(links.values()) == ["socket"]
     assert "[True, True] True" in end.data.decode() and (session, name) == ("True", "apart")
 
 
