@@ -307,6 +307,7 @@ def _attend(args: argparse.Namespace, cases: list[Case], suite: Suite, outputs: 
                 annotate(
                     f"pyvmm {result.verdict.kind}", f"{result.case.name}: {result.verdict.message}"
                 )
+            _let_go(result, outputs)
     except Terminated as e:
         error = e
     except PyvmmError as e:
@@ -328,6 +329,17 @@ def _attend(args: argparse.Namespace, cases: list[Case], suite: Suite, outputs: 
     if error is not None:
         raise error
     return int(not all(r.verdict.good for r in results))
+
+
+def _let_go(result: Result, outputs: Outputs) -> None:
+    """Of a result, keep until the end of all cases only what an output will have."""
+    from pyvmm.testing.junit import OUTPUT_MAX
+
+    result.console = result.console[-OUTPUT_MAX:] if "--junit" in outputs else b""
+    if "--json" not in outputs:
+        result.report = None
+        if "--junit" not in outputs:
+            result.points = []
 
 
 def _summary(results: list[Result]) -> dict[str, int]:

@@ -2,13 +2,13 @@
 it, and the machine's report.
 
 Whoever reads them must not trust them: the kernel may have taken the process over. So they are data
-of known types within limits, and lines in them have no control characters. An answer can still be
+of known types, and lines in them have no control characters. Each part has its length before it,
+and a limit of its own, which is checked before anything is made of the part. An answer can still be
 wrong, as that of a kernel which says that it has passed.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 
@@ -19,18 +19,33 @@ from pyvmm.testing.verdict import CODES, Verdict, clean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
 #: What a process sends first: its machine is made and confined. After that, nothing that it says is
-#: about this host.
+#: about this host. It cannot take the word back, see ``apart``.
 MADE = b"made\n"
+#: What it sends instead if this host cannot make the machine.
+ERROR = b"error\n"
 #: Bytes of an answer, with all that it may contain.
-ANSWER_MAX = 16 << 20
+ANSWER_MAX = 4 << 20
 CONSOLE_MAX = 1 << 20
-#: A larger report is left out: bytes of its JSON, values in it, and the depth of their nesting.
-REPORT_MAX, VALUES_MAX, DEPTH_MAX = 4 << 20, 1 << 18, 16
-DETAILS_MAX, LINE_MAX = 1000, 2000
+#: Bytes of the lines of a verdict and its details; the most details, and characters of each.
+VERDICT_MAX, DETAILS_MAX, LINE_MAX = 256 << 10, 1000, 2000
+#: The most results, and the bytes of their lines, which have a word and three ends for each.
 POINTS_LIMIT = 2 * points.POINTS_MAX
+POINTS_BYTES = points.TEXT_MAX + 12 * POINTS_LIMIT
+#: A larger report is left out: bytes of its JSON, values in it, and the depth of their nesting.
+REPORT_MAX, VALUES_MAX, DEPTH_MAX = 1 << 20, 1 << 16, 16
+#: The parts of an answer in their order, each after its length in ``LENGTH`` bytes.
+PARTS = {
+    "a verdict": VERDICT_MAX,
+    "a console": CONSOLE_MAX,
+    "results": POINTS_BYTES,
+    "a report": REPORT_MAX,
+}
+LENGTH = 4
+RESULTS: tuple[points.Result, ...] = ("passed", "failed", "skipped")
 #: Errors of which all machines of this host die.
 FATAL: dict[str, type[PyvmmError]] = {
     kind.__name__: kind for kind in (KvmMissing, KvmForbidden, KvmUnsuitable, SandboxError)
@@ -62,30 +77,35 @@ class Answer:
 
     def encode(self) -> bytes:
         """The answer as ``decode`` takes it."""
-        verdict = self.verdict
-        details = [line(text) for text in verdict.details[:DETAILS_MAX]]
-        report = json.dumps(self.report)
-        try:
-            if len(report) > REPORT_MAX:
-                raise BadAnswer(f"a report of {len(report) >> 20} MiB")
-            _check_values(self.report)
-        except BadAnswer as e:
-            details = [*details[: DETAILS_MAX - 1], f"{e} is left out"]
-            report = "null"
-        head = json.dumps(
-            {
-                "verdict": [verdict.kind, line(verdict.message), verdict.status, details],
-                "console": base64.b64encode(self.console[-CONSOLE_MAX:]).decode(),
-                "points": [[p.name, p.result, p.message] for p in self.points[:POINTS_LIMIT]],
-            },
-            ensure_ascii=False,
+        verdict, report, left_out = self.verdict, b"", b""
+        if self.report is not None:
+            report = json.dumps(self.report).encode()
+            try:
+                _check_size(report)
+                _check_depth(self.report)
+            except BadAnswer as e:
+                report, left_out = b"", _lines([f"{e} is left out"], VERDICT_MAX)
+        status = "" if verdict.status is None else str(verdict.status)
+        details = verdict.details[: DETAILS_MAX - 1]
+        lines = [verdict.kind, status, *map(line, [verdict.message, *details])]
+        told = [
+            text
+            for p in self.points[:POINTS_LIMIT]
+            for text in (p.result, clean(p.name), clean(p.message))
+        ]
+        parts = (
+            _lines(lines, VERDICT_MAX - len(left_out)) + left_out,
+            self.console[-CONSOLE_MAX:],
+            _lines(told, POINTS_BYTES),
+            report,
         )
-        return f'{head[:-1]}, "report": {report}}}'.encode(errors="replace")
+        return b"".join(len(part).to_bytes(LENGTH, "big") + part for part in parts)
 
 
 def encode_error(error: PyvmmError) -> bytes:
     """An error of ``FATAL``, which takes the place of ``MADE`` and the answer."""
-    return json.dumps({"error": [type(error).__name__, error.cause, error.hint]}).encode()
+    texts = (type(error).__name__, line(error.cause), line(error.hint))
+    return ERROR + _lines(texts, VERDICT_MAX)
 
 
 def decode(data: bytes) -> Answer:
@@ -94,41 +114,114 @@ def decode(data: bytes) -> Answer:
     :raises BadAnswer: there is none.
     :raises PyvmmError: of ``FATAL``, which the process has sent before its guest could run.
     """
-    made = data.startswith(MADE)
+    if data.startswith(ERROR):
+        raise _error(data.removeprefix(ERROR))
     data = data.removeprefix(MADE)
     if not data:
         raise BadAnswer("nothing")
-    try:
-        found = json.loads(data, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError) as e:
-        raise BadAnswer("what is no JSON") from e
-    if not isinstance(found, dict):
-        raise BadAnswer("what is no object")
-    if "error" in found and not made:
-        name, cause, hint = _of(_list(found["error"], str, 3), 3)
-        if name in FATAL:
-            raise FATAL[name](cause, hint)
-    kind, message, status, details = _of(_list(found.get("verdict"), object, 4), 4)
-    if not isinstance(kind, str) or kind not in CODES:
-        raise BadAnswer("an unknown verdict")
-    if status is not None and (type(status) is not int or not 0 <= status <= 255):
-        raise BadAnswer("a status that is none")
-    lines = [line(text) for text in _list(details, str, DETAILS_MAX)]
-    report = found.get("report")
-    if report is not None and not isinstance(report, dict):
-        raise BadAnswer("a report that is none")
-    _check_values(report)
+    verdict, console, told, report = _parts(data)
     return Answer(
-        Verdict(kind, line(_str(message)), status=status, details=lines),
-        console=_console(found.get("console")),
-        points=[_point(row) for row in _list(found.get("points"), list, POINTS_LIMIT)],
-        report=report,
+        _verdict(_texts(verdict, DETAILS_MAX + 3)),
+        console=console,
+        points=_points(_texts(told, 3 * POINTS_LIMIT)),
+        report=_report(report),
     )
 
 
 def line(text: str) -> str:
     """A text as a line of a verdict: without control characters, not too long."""
     return clean(text[:LINE_MAX])
+
+
+def _parts(data: bytes) -> list[bytes]:
+    parts, at = [], 0
+    for name, most in PARTS.items():
+        begin = at + LENGTH
+        size = int.from_bytes(data[at:begin], "big")
+        at = begin + size
+        if at > len(data):
+            raise BadAnswer("less than an answer")
+        if size > most:
+            raise BadAnswer(f"{name} of more than {most >> 10} KiB")
+        parts.append(data[begin:at])
+    if at < len(data):
+        raise BadAnswer("more than an answer")
+    return parts
+
+
+def _lines(texts: Iterable[str], most: int) -> bytes:
+    """Texts without ends of lines, as lines of at most so many bytes together."""
+    out = bytearray()
+    for text in texts:
+        row = text.encode(errors="replace") + b"\n"
+        if len(out) + len(row) > most:
+            break
+        out += row
+    return bytes(out)
+
+
+def _texts(lines: bytes, most: int) -> list[str]:
+    if lines.count(b"\n") > most:
+        raise BadAnswer("too many lines")
+    try:
+        *texts, rest = lines.decode().split("\n")
+    except UnicodeDecodeError as e:
+        raise BadAnswer("what is no text") from e
+    if rest:
+        raise BadAnswer("half a line")
+    return texts
+
+
+def _error(lines: bytes) -> PyvmmError:
+    texts = _texts(lines, 3)
+    if len(texts) != 3 or texts[0] not in FATAL:
+        raise BadAnswer("an unknown error")
+    return FATAL[texts[0]](line(texts[1]), line(texts[2]))
+
+
+def _verdict(texts: list[str]) -> Verdict:
+    if len(texts) < 3:
+        raise BadAnswer("less than a verdict")
+    name, status, message, *details = texts
+    kinds = [kind for kind in CODES if kind == name]
+    if not kinds:
+        raise BadAnswer("an unknown verdict")
+    if status and status not in map(str, range(256)):
+        raise BadAnswer("a status that is none")
+    return Verdict(
+        kinds[0],
+        line(message),
+        status=int(status) if status else None,
+        details=[line(text) for text in details],
+    )
+
+
+def _points(texts: list[str]) -> list[Point]:
+    if len(texts) % 3:
+        raise BadAnswer("less than a result")
+    found = []
+    for result, name, message in zip(texts[::3], texts[1::3], texts[2::3], strict=True):
+        if result not in RESULTS:
+            raise BadAnswer("an unknown result")
+        # One object for all, instead of one for each.
+        known = RESULTS[RESULTS.index(result)]
+        most = points.NAME_MAX
+        found.append(Point(clean(name[:most]), known, clean(message[:most])))
+    return found
+
+
+def _report(data: bytes) -> dict[str, Any] | None:
+    if not data:
+        return None
+    _check_size(data)
+    try:
+        found = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as e:
+        raise BadAnswer("a report that is no JSON") from e
+    if not isinstance(found, dict):
+        raise BadAnswer("a report that is no object")
+    _check_depth(found)
+    return found
 
 
 def _finite(text: str) -> float:
@@ -138,46 +231,21 @@ def _finite(text: str) -> float:
     return value
 
 
-def _str(value: object) -> str:
-    if not isinstance(value, str):
-        raise BadAnswer("what is no text")
-    return value
+def _check_size(report: bytes) -> None:
+    """Before anything is made of the JSON, whose values take much more memory than their text.
+
+    :raises BadAnswer: it is too long, or has too many values. A text in it that contains a
+        separator counts for more than one.
+    """
+    if len(report) > REPORT_MAX:
+        raise BadAnswer(f"a report of more than {REPORT_MAX >> 10} KiB")
+    if sum(map(report.count, (b",", b"[", b"{"))) > VALUES_MAX:
+        raise BadAnswer(f"a report of more than {VALUES_MAX} values")
 
 
-def _list(value: object, kind: type, most: int) -> list[Any]:
-    if not isinstance(value, list) or len(value) > most:
-        raise BadAnswer("no list, or too long a list")
-    if not all(isinstance(item, kind) for item in value):
-        raise BadAnswer("a list of other things")
-    return value
-
-
-def _of(values: list[Any], count: int) -> list[Any]:
-    if len(values) != count:
-        raise BadAnswer("too short a list")
-    return values
-
-
-def _point(row: list[object]) -> Point:
-    name, result, message = map(_str, _of(row, 3))
-    if result not in ("passed", "failed", "skipped"):
-        raise BadAnswer("an unknown result")
-    return Point(clean(name), result, clean(message))  # type: ignore[arg-type]
-
-
-def _console(text: object) -> bytes:
-    try:
-        console = base64.b64decode(_str(text), validate=True)
-    except ValueError as e:
-        raise BadAnswer("a console that is none") from e
-    if len(console) > CONSOLE_MAX:
-        raise BadAnswer("too long a console")
-    return console
-
-
-def _check_values(report: object) -> None:
-    """:raises BadAnswer: to write the report as text would take much memory, or a deep stack."""
-    level, count = [report], 0
+def _check_depth(report: object) -> None:
+    """:raises BadAnswer: to write the report as text would take a deep stack."""
+    level = [report]
     for _ in range(DEPTH_MAX):
         inner: list[object] = []
         for value in level:
@@ -185,9 +253,6 @@ def _check_values(report: object) -> None:
                 inner += value.values()
             elif isinstance(value, list):
                 inner += value
-        count += len(inner)
-        if count > VALUES_MAX:
-            raise BadAnswer(f"a report of more than {VALUES_MAX} values")
         if not inner:
             return
         level = inner

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     Result = Literal["passed", "failed", "skipped"]
 
 POINTS_MAX = 20000  # the most results that are taken from one console
-NAME_MAX = 1000  # characters of a name, with those of the results around it
+NAME_MAX = 1000  # characters of a name, with those of the results around it, or of a message
 LEFT_OUT = "the rest is left out"
-TEXT_MAX = 1 << 20  # characters of all names and messages, of one console
+TEXT_MAX = 1 << 20  # bytes of all names and messages, of one console, in UTF-8
 #: The time stamp of Linux, with the caller that CONFIG_PRINTK_CALLER adds.
 STAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d{6}\](?:\[ *[TC]\d+\])? ?")
 VERSION = re.compile(r"^[# ]*(?:K?TAP version \d+)\s*$")
@@ -70,7 +70,7 @@ def parse(console: bytes | bytearray) -> list[Point]:
     """Every result in the console, in order. Nested results are named ``outer/inner``, and their
     sum is left out.
 
-    After ``POINTS_MAX`` results or ``TEXT_MAX`` characters, one failure says that the rest is left
+    After ``POINTS_MAX`` results or ``TEXT_MAX`` bytes, one failure says that the rest is left
     out.
 
     KTAP counts only after its version line, so that an "ok 1" which a program prints by chance is
@@ -84,7 +84,7 @@ def parse(console: bytes | bytearray) -> list[Point]:
         if VERSION.match(text):
             tap = True
         elif match := LINE.match(text):
-            lines.append(Point(match[2].strip(), LINES[match[1]]))
+            lines.append(Point(match[2].strip()[:NAME_MAX], LINES[match[1]]))
         elif tap and (match := PLAN.match(text)):
             _level(levels, len(match[1])).plan = int(match[2])
         elif tap and (match := RESULT.match(text)):
@@ -98,7 +98,7 @@ def parse(console: bytes | bytearray) -> list[Point]:
     found = out + lines
     size = 0
     for index, point in enumerate(found):
-        size += len(point.name) + len(point.message)
+        size += len(point.name.encode()) + len(point.message.encode())
         if size > TEXT_MAX:
             found[index:] = [Point("(results)", "failed", f"{index} are read, {LEFT_OUT}")]
             return found
@@ -113,8 +113,8 @@ def _level(levels: dict[int, _Level], depth: int) -> _Level:
 
 def _result(levels: dict[int, _Level], match: re.Match[str]) -> None:
     depth = len(match[1])
-    name = match[4].strip() or f"test {match[3]}"
-    directive = (match[5] or "").strip()
+    name = match[4].strip()[:NAME_MAX] or f"test {match[3]}"
+    directive = (match[5] or "").strip()[:NAME_MAX]
     word = directive.partition(" ")[0].upper()
     result: Result = "failed" if match[2] else "passed"
     if word == "SKIP" or (word in ("TODO", "XFAIL") and match[2]):

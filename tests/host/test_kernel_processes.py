@@ -170,15 +170,15 @@ def test_a_process_that_is_killed(guest: Guest, tmp_path: Path, number: signal.S
 
 #: Statements that the process of the kernel ``reset`` executes instead of its run.
 DEEDS = {
-    "garbage": ("send(b'made\\n{]'); os._exit(0)", "host-problem", "has sent what is no JSON"),
+    "garbage": ("send(b'made\\n{]'); os._exit(0)", "host-problem", "has sent less than an answer"),
     "nothing": ("os._exit(0)", "host-problem", "has sent nothing"),
     "half": ("send(b'made\\n'); os._exit(0)", "host-problem", "has sent nothing"),
     "a lie about the host": (
-        'send(b\'made\\n{"error": ["KvmMissing", "no", ""]}\'); os._exit(0)',
+        "send(b'made\\nerror\\nKvmMissing\\nno\\n\\n'); os._exit(0)",
         "host-problem",
-        "has sent no list",
+        "has sent less than an answer",
     ),
-    "too much": ("[send(bytes(1 << 20)) for _ in range(100)]", "host-problem", "more than 16 MiB"),
+    "too much": ("[send(bytes(1 << 20)) for _ in range(100)]", "host-problem", "more than 4 MiB"),
     "a status": ("os._exit(3)", "host-problem", "has failed, with status 3"),
     "a bug": ("1 // 0", "host-problem", "has failed, with status 1"),
     "silence": ("time.sleep(600)", "timeout", "had to be killed"),
@@ -215,6 +215,47 @@ def test_a_hostile_process(guest: Guest, tmp_path: Path, deed: str) -> None:
     assert f": {len(names) - 1} passed, 1 failed, 0 skipped" in out
     if deed == "a bug":
         assert "    ZeroDivisionError: integer division or modulo by zero\n" in out
+
+
+#: What a kernel does that has its process while it runs, and a command that is slow.
+TAKE_BACK = """
+import contextlib, os, select
+from pyvmm.apart import Apart
+from pyvmm.errors import KvmMissing
+from pyvmm.testing import answer, suite
+attend, wait = suite._attend, Apart.wait
+def deed(case, machine):
+    if case.name != "reset":
+        return attend(case, machine)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            own = os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_NONBLOCK)
+            os.read(own, len(answer.MADE))
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2:
+            with contextlib.suppress(OSError):
+                os.write(number, answer.encode_error(KvmMissing("no", "\x1b[2J")))
+    os._exit(0)
+def slow(self):
+    select.select([self._channel], [], [])  # until a process has ended
+    return wait(self)
+suite._attend, Apart.wait = deed, slow
+"""
+
+
+@pytest.mark.parametrize("sandbox", ["on", "off"])
+def test_a_word_that_is_taken_back(guest: Guest, tmp_path: Path, sandbox: str) -> None:
+    """A process whose guest runs cannot take back that its machine was made, and say instead that
+    no machine can be made here, which would end all.
+    """
+    report = tmp_path / "r.json"
+    args = ["--sandbox", sandbox, "--json", str(report)]
+    code = f"exec({TAKE_BACK!r});"
+    status, out, err = run(*args, *map(guest, ["reset", "hello", "smp"]), code=code)
+    assert (status, err) == (1, ""), (out, err)
+    told = results(report)
+    assert told["reset"]["verdict"] == "host-problem", told["reset"]
+    assert ": 2 passed, 1 failed, 0 skipped" in out
 
 
 @pytest.mark.parametrize("group", [True, False])
@@ -299,14 +340,14 @@ def test_what_is_said(guest: Guest) -> None:
 
 
 def test_a_host_without_kvm(guest: Guest) -> None:
-    """It is told once, with its own status; no kernel has a verdict."""
+    """It is told once, with its own status, and moves no cursor; no kernel has a verdict."""
     code = (
         "from pyvmm import kvm, errors, machine, assembly\n"
-        "def no(*args): raise errors.KvmForbidden('not here', 'go away')\n"
+        "def no(*args): raise errors.KvmForbidden('not here', 'go\\x1b[2J away')\n"
         "assembly.Kvm = no\n"
     )
     status, out, err = run(*kernels(guest), code=f"exec({code!r});")
-    assert (status, out, err) == (103, "", "pyvmm: not here; go away\n")
+    assert (status, out, err) == (103, "", "pyvmm: not here; go\ufffd[2J away\n")
 
 
 def test_a_process_imports_nothing(guest: Guest) -> None:

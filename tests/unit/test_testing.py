@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm import errors
+from pyvmm.cli.support.outputs import Outputs
+from pyvmm.cli.test import _let_go
 from pyvmm.errors import UsageError
 from pyvmm.outcome import Outcome
-from pyvmm.testing import points, unittests
+from pyvmm.testing import points, suite, unittests
 from pyvmm.testing.junit import TestCase, document
 from pyvmm.testing.symbols import Symbols
 from pyvmm.testing.verdict import CODES, Verdict, clean, judge_test, last_lines, of_error
@@ -269,6 +271,28 @@ def test_long_names_are_bounded() -> None:
     assert max(len(p.name) for p in many) == points.NAME_MAX
     assert (many[-1].name, many[-1].result) == ("(results)", "failed")
     assert f"{len(many) - 1} are read" in many[-1].message
+
+
+@pytest.mark.parametrize(
+    ("options", "console", "told", "reported"),
+    [
+        ((), 0, 0, False),
+        (("--junit",), 1 << 16, 1, False),
+        (("--json",), 0, 1, True),
+        (("--junit", "--json"), 1 << 16, 1, True),
+    ],
+)
+def test_what_is_kept_of_a_result(
+    options: tuple[str, ...], console: int, told: int, reported: bool, tmp_path: Path
+) -> None:
+    """Of many kernels, what no output will have takes no memory."""
+    result = suite.Result(suite.Case("x", "x"), Verdict("failed", "why"))
+    result.console = bytes(1 << 20)
+    result.points, result.report = [points.Point("a", "failed")], {"a": 1}
+    with Outputs({option: str(tmp_path / option) for option in options}) as outputs:
+        _let_go(result, outputs)
+    assert (len(result.console), len(result.points)) == (console, told)
+    assert (result.report is not None) == reported and result.verdict.message == "why"
 
 
 # --- symbols --------------------------------------------------------------------------------------

@@ -4,12 +4,11 @@ answer, or one that can be shown and written to files.
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import TYPE_CHECKING
 
-from pyvmm.testing import answer
-from pyvmm.testing.answer import MADE, BadAnswer, decode
+from pyvmm.testing import answer, points
+from pyvmm.testing.answer import ERROR, LENGTH, MADE, BadAnswer, decode
 from pyvmm.testing.junit import TestCase, document
 from pyvmm.testing.verdict import CODES, clean
 from tests.fuzz.data import Data
@@ -17,13 +16,16 @@ from tests.fuzz.data import Data
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: What may be in the place of anything.
+#: What may be in the place of any value of the report.
 VALUES: tuple[object, ...] = (
     *(None, True, 0, 1, 255, 256, -1, 1.5, 1e308, 10**40, "", "passed", "failed", "nothing"),
-    *("\x1b[2J", "a\nb", "\ud800", "x" * 3000, "AAAA", "A", "&", [], {}, [[]], [{}], [None]),
-    *(["KvmMissing", "no", ""], ["passed", "", 0, []], ["a", "passed", ""], [["a", "failed", ""]]),
+    *("\x1b[2J", "a\nb", "\ud800", "x" * 3000, "[{,", "&", [], {}, [[]], [{}], [None]),
 )
-KEYS = ("verdict", "console", "points", "report", "error", "more")
+#: What may be in the place of any line.
+LINES = (
+    *(b"", b"passed", b"failed", b"skipped", b"0", b"255", b"256", b"-1", b"KvmMissing", b"a/b"),
+    *(b"\x1b[2J", b"\xff", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\r", b" \t", b"x" * 3000),
+)
 #: JSON of Python's that is none.
 ODD = (b"NaN", b"-Infinity", b"1e999", b"1" * 5000, b"[" * 2000, b'"\\ud800"', b"{", b"0}")
 
@@ -38,19 +40,31 @@ def value(d: Data, depth: int = 0) -> object:
 
 def sent(d: Data) -> bytes:
     """What looks like an answer, with something else in some places."""
-    found: dict[str, object] = {
-        "verdict": [d.of(tuple(CODES)), "why", d.number(1), ["one", "two"]],
-        "console": base64.b64encode(d.some(30)).decode(),
-        "points": [["a", "passed", "b"]] * d.below(3),
-        "report": {"exits": {"total": d.number(4)}},
-    }
+    kinds = [kind.encode() for kind in CODES]
+    lines = [d.of(kinds), b"%d" % d.number(1), b"why", b"one", b"two"]
+    told = [d.of((b"passed", b"failed", b"skipped")), b"a", b"b"] * d.below(3)
+    report: dict[str, object] = {"exits": {"total": d.number(4)}}
     for _ in range(d.below(3)):
-        found[d.of(KEYS)] = value(d)
-    data = json.dumps(found).encode()
+        kind = d.below(3)
+        if kind == 2:
+            report["more"] = value(d)
+        elif rows := (lines, told)[kind]:
+            rows[d.below(len(rows))] = d.of(LINES)
+    text = json.dumps(report).encode()
     if d.one_in(3):
-        at = d.below(len(data) + 1)
-        data = data[:at] + d.of(ODD) + data[at + d.below(8) :]
-    return (MADE if d.one_in(2) else b"") + data + d.some(4)
+        at = d.below(len(text) + 1)
+        text = text[:at] + d.of(ODD) + text[at + d.below(8) :]
+    parts = [
+        b"".join(row + b"\n" for row in lines),
+        d.some(30),
+        b"".join(row + b"\n" for row in told),
+        text,
+    ]
+    data = b""
+    for part in parts:
+        size = d.number(4) if d.one_in(16) else len(part)
+        data += size.to_bytes(LENGTH, "big") + part
+    return d.of((b"", MADE, MADE, ERROR)) + data + d.some(4)
 
 
 def look(data: bytes) -> None:
@@ -60,14 +74,16 @@ def look(data: bytes) -> None:
     except BadAnswer as e:
         assert str(e).isprintable() and len(str(e)) < 100
         return
-    except tuple(answer.FATAL.values()):
-        assert not data.startswith(MADE)
+    except tuple(answer.FATAL.values()) as e:
+        assert data.startswith(ERROR)
+        assert str(e) == clean(str(e))
         return
     verdict = found.verdict
     assert verdict.kind in CODES and 0 <= verdict.code <= 255
     lines = [verdict.message, *verdict.details]
     for point in found.points:
         assert point.result in ("passed", "failed", "skipped")
+        assert max(len(point.name), len(point.message)) <= points.NAME_MAX
         lines += [point.name, point.message]
     for line in lines:
         assert line == clean(line), repr(line)
@@ -77,10 +93,11 @@ def look(data: bytes) -> None:
     case = TestCase("x", "x", 0.0, "error", message=verdict.message, output=found.console)
     assert document("x", [case], 0.0)
     again = decode(MADE + found.encode())
-    assert (again.console, again.report, repr(again.verdict)) == (
+    assert (again.console, again.report, repr(again.verdict), repr(again.points)) == (
         found.console,
         found.report,
         repr(verdict),
+        repr(found.points),
     )
 
 
@@ -93,6 +110,6 @@ def make(argument: str) -> Callable[[bytes], None]:
         if kind < 2:
             look(sent(d))
         else:
-            look((MADE if kind == 2 else b"") + d.rest())
+            look((MADE, ERROR)[kind - 2] + d.rest())
 
     return one
