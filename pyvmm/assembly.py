@@ -187,8 +187,12 @@ class Description:
 
     def trees(self) -> list[str]:
         """Those of ``files`` that may be directories."""
-        added = [text.rpartition(":/")[0] or text for text in self.add]
-        return [*added, *([self.modules] if self.modules is not None else [])]
+        return [*added_names(self.add), *([self.modules] if self.modules is not None else [])]
+
+
+def added_names(add: Sequence[str]) -> list[str]:
+    """The files and directories of the host that ``--add`` names."""
+    return [text.rpartition(":/")[0] or text for text in add]
 
 
 def initrd_files(initrds: Sequence[str]) -> list[str]:

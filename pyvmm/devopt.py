@@ -4,6 +4,8 @@ Python ``pyvmm.Device("vhost-user", id="rng", socket="/run/rng.sock")``.
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.errors import UsageError, VhostUserError, did_you_mean
 from pyvmm.fd import Fd
 from pyvmm.netopt import UID_MAX, number
@@ -332,6 +334,20 @@ class StartedDevice(Device):
         begun, self._begun = self._begun, None
         if begun is not None:
             begun.close()
+
+
+def real_path(name: str, jailed: User | None) -> str:
+    """The path of a file or directory that a back-end serves, without symbolic links.
+
+    :param jailed: the user of the jail for which root opens it; None: there is no jail.
+    :raises UsageError: in a jail, a link on the way is not root's alone (``links.walk``).
+    :raises OSError: there is no such place.
+    """
+    if jailed is None:
+        return os.path.realpath(name)
+    from pyvmm.hostnet.links import follow
+
+    return follow(name)
 
 
 def _kind(text: str | int) -> Kind:

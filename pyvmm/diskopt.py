@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import os
 
-from pyvmm.devopt import StartedDevice
+from pyvmm.devopt import StartedDevice, real_path
 from pyvmm.errors import DiskError, UsageError, did_you_mean
 from pyvmm.vhostuser.wire import Closed
 
@@ -36,6 +36,8 @@ class Disk(StartedDevice):
     :param backing: the image may name a backing file, that one another, and so on; the guest can
         read all of them. They are looked for in the directory of the image that names them.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
+    :param jailed: the user of the jail for which root opens the image (docs/jail.md): that user
+        looks at it.
     :ivar file: its path without symbolic links. :ivar directory: where it is.
     :raises UsageError: a value is not allowed, or two do not go together.
     :raises DiskError: there is no such image, or it is not one that can be served.
@@ -50,6 +52,7 @@ class Disk(StartedDevice):
         snapshot: bool = False,
         backing: bool = False,
         notify: str = "ioeventfd",
+        jailed: User | None = None,
     ) -> None:
         given = os.fspath(file)
         if not given or "\0" in given:
@@ -80,24 +83,35 @@ class Disk(StartedDevice):
 
         self.format, self.writable, self.snapshot = format, not readonly, snapshot
         self.backing = backing
-        self.file = os.path.realpath(given)
+        called = f"--disk {given}"
+        try:
+            self.file = real_path(given, jailed)
+        except OSError as e:
+            raise DiskError(f"{called}: {e.strerror or e}", "name an image") from e
         self.directory = self.file.rpartition("/")[0] or "/"
         # What is found when the daemon starts counts. This look is for whoever waits for an answer:
         # before a machine is made, or a testbed starts.
-        chain = self._look(f"--disk {given}")
+        if jailed is None:
+            chain = self._look(called)
+        else:
+            chain, _ = self._look_as(jailed, called)
         self.memory = storage_daemon.memory(chain, snapshot=snapshot)
         self.tasks = StartedDevice.tasks + storage_daemon.TASKS
         super().__init__(id="block", socket=self.file, notify=notify)
 
-    def _look(self, called: str, user: User | None = None) -> list[Layer]:
+    def _look(self, called: str, at: int = -1, user: User | None = None) -> list[Layer]:
         """The images that the disk consists of.
 
-        :param called: what messages call its own one. :param user: who opens them, see ``layers``.
+        :param called: what messages call its own one. :param at: see ``storage_daemon.Image``.
+        :param user: who this process is meanwhile, for messages.
         :raises DiskError: the image cannot be opened, or names other files.
         """
         from pyvmm.host.storage_daemon import layers
 
         writes = self.writable and not self.snapshot
+        whom, way = ("", "chmod")
+        if user is not None:
+            whom, way = f" for user {user[0]}", f"chown {user[0]} or chmod"
         try:
             return layers(
                 self.file,
@@ -105,31 +119,41 @@ class Disk(StartedDevice):
                 writable=writes,
                 backing=self.backing,
                 called=called,
-                user=user,
+                at=at,
+                whom=whom,
             )
         except OSError as e:
-            whom, way = "", "chmod"
-            if user is not None:
-                whom, way = f" for user {user[0]}", f"chown {user[0]} or chmod"
             denied = e.errno == errno.EACCES
             remedy = f"allow it by {way}" if denied else "name an image"
-            if writes and self._is_readable(user):
+            if writes and self._is_readable(at):
                 remedy += ", or add ro=on or snapshot=on"
             raise DiskError(f"{called}: {e.strerror}{whom}", remedy) from e
 
-    def _is_readable(self, user: User | None) -> bool:
+    def _is_readable(self, at: int) -> bool:
         from pyvmm.host.storage_daemon import Image
 
         try:
-            Image(self.file, writable=False, user=user)
+            Image(self.file, writable=False, at=at)
         except OSError:
             return False
         return True
 
+    def _look_as(
+        self, user: User, called: str, *, take: bool | None = None
+    ) -> tuple[list[Layer], int]:
+        """As ``_look``, with the rights of another user. For the parameter and what is returned see
+        ``storage_daemon.look_as``.
+        """
+        from pyvmm.host.storage_daemon import look_as
+
+        return look_as(user, self.file, lambda at: self._look(called, at, user), take)
+
     @classmethod
-    def parse(cls, text: str) -> Disk:
+    def parse(cls, text: str, jailed: User | None = None) -> Disk:
         """Parse ``FILE[,key=value...]`` as on the command line. In FILE, a comma is written
         twice.
+
+        :param jailed: as for ``Disk``.
         """
         if "\0" in text:
             raise UsageError(f"--disk {text!r}", "write FILE[,key=value...]")
@@ -155,6 +179,7 @@ class Disk(StartedDevice):
             snapshot=given.get("snapshot") == "on",
             backing=given.get("backing") == "on",
             notify=given.get("notify", "ioeventfd"),
+            jailed=jailed,
         )
 
     def start_backend(self) -> DiskConnector:
@@ -165,6 +190,7 @@ class Disk(StartedDevice):
         from pyvmm.host.storage_daemon import DiskConnector
 
         return DiskConnector(
+            self.file,
             self._look(self.file) if self.mount < 0 else self._collected,
             writable=self.writable,
             snapshot=self.snapshot,
@@ -173,10 +199,9 @@ class Disk(StartedDevice):
 
     def open_mount(self, user: User) -> int:
         """Open the images, as the user may, and make what ``snapshot`` needs."""
-        from pyvmm.host.storage_daemon import collect
-
-        self._collected = self._look(f"--disk {self.file}", user)
-        return collect(self._collected, writable=self.writable, snapshot=self.snapshot, user=user)
+        called = f"--disk {self.file}"
+        self._collected, mount = self._look_as(user, called, take=self.snapshot)
+        return mount
 
     def substitute(self) -> RingServer:
         """Answers the guest once qemu-storage-daemon has gone."""

@@ -136,7 +136,7 @@ def heard(data: bytes, fds: list[int], what: str) -> Result:
 def in_child(body: Callable[[], Result], what: str) -> Result:
     """Run ``body`` in a child; the descriptors that it returns come back by SCM_RIGHTS.
 
-    :param what: the child, for messages.
+    :param what: the child, for messages. It is killed if this thread ends, or stops to wait.
     :raises PyvmmError, OSError: ``body`` raised this error.
     :raises HostError: the child died without an answer.
     :raises RuntimeError: ``body`` raised another exception; the text is the child's traceback.
@@ -144,10 +144,13 @@ def in_child(body: Callable[[], Result], what: str) -> Result:
     ours, theirs = _socket.socketpair(
         _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
     )
+    parent = os.getpid()
     pid = os.fork()
     if not pid:
         status = 1
         try:
+            if lib.pv_follow_parent(parent):
+                os._exit(status)
             status = answer(theirs, body)
         except BaseException:
             sys.excepthook(*sys.exc_info())  # the answer could not be sent
@@ -157,6 +160,9 @@ def in_child(body: Callable[[], Result], what: str) -> Result:
     status = 0
     try:
         data, fds = recv_fds(ours, MESSAGE_MAX, FDS_MAX)
+    except BaseException:
+        _kill_child(pid)  # which may never end by itself
+        raise
     finally:
         ours.close()
         try:
@@ -166,6 +172,20 @@ def in_child(body: Callable[[], Result], what: str) -> Result:
     if not data:
         raise HostError(f"{what} died, status {status}")
     return heard(data, fds, what)
+
+
+def _kill_child(pid: int) -> None:
+    """Kill a child of this process, unless it has ended, and nobody has it to wait for."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(fd)
 
 
 class Helper(Closing):

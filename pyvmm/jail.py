@@ -91,6 +91,7 @@ class Cell(Closing):
         self._want = want
         self._stack = ExitStack()
         self._cgroup: Cgroup | None = None
+        self._named: set[str] = set()
 
     def run(
         self,
@@ -114,6 +115,7 @@ class Cell(Closing):
             nowhere (``isolate.detach``).
         :param timeout: seconds after which it ends by itself, unless somebody has taken it over; it
             is killed some time later.
+        :raises UsageError: a link on the way to a file or directory is not root's (``links.walk``).
         :raises JailError: the kernel or a sandbox does not allow jails, or ``want.memory`` was too
             little.
         """
@@ -137,6 +139,7 @@ class Cell(Closing):
             path = os.path.abspath(path) if path else ""
             if path and path not in DEVICES and not path.startswith("/proc/"):
                 places[path] = places.get(path, False) or whole
+        self._named = {os.path.abspath(path) for path, _ in named if path}
         kept = {0, 1, 2, *keep}
         for fd in kept:
             if stat.S_ISDIR(os.fstat(fd).st_mode):  # by which a process gets out
@@ -309,7 +312,7 @@ class Cell(Closing):
         userns.unshare(NAMESPACES)
         socket.sethostname(HOSTNAME)
         owner = (want.uid, want.gid)
-        emptyroot.enter(places, devices, owner, scratch=SCRATCH_SIZE, here=here)
+        emptyroot.enter(places, devices, owner, scratch=SCRATCH_SIZE, here=here, named=self._named)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))  # virtiofsd takes all of it
         here = os.path.dirname(os.path.abspath(__file__))

@@ -8,7 +8,7 @@ import errno
 import os
 import stat
 
-from pyvmm.devopt import StartedDevice
+from pyvmm.devopt import StartedDevice, real_path
 from pyvmm.errors import ShareError, UsageError
 from pyvmm.spec.platform import SHARE_OVERLAY
 from pyvmm.vhostuser.wire import Closed
@@ -40,6 +40,7 @@ class Share(StartedDevice):
     :param directory: of the host. :param path: where the guest mounts it; by default at the same
         path, without symbolic links, as on the host.
     :param writable: whether the guest may change what is in it.
+    :param jailed: the user of the jail for which root opens the directory (docs/jail.md).
     :ivar directory: its path without symbolic links.
     :raises UsageError: a path that makes no sense.
     :raises ShareError: there is no such directory.
@@ -49,7 +50,12 @@ class Share(StartedDevice):
     cache = "auto"
 
     def __init__(
-        self, directory: str | os.PathLike[str], path: str | None = None, *, writable: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        path: str | None = None,
+        *,
+        writable: bool = False,
+        jailed: User | None = None,
     ) -> None:
         given = os.fspath(directory)
         if not given or "\0" in given:
@@ -57,7 +63,7 @@ class Share(StartedDevice):
         self.directory, self.writable = given, writable
         self.access = b"rw" if writable else b"ro"
         try:
-            self.directory = os.path.realpath(given)  # which fails in a directory that has gone
+            self.directory = real_path(given, jailed)  # which fails in a directory that has gone
             good = stat.S_ISDIR(os.stat(self.directory).st_mode)  # noqa: PTH116 - pathlib is slow
             what = "is no directory"
         except OSError as e:
@@ -76,9 +82,11 @@ class Share(StartedDevice):
         super().__init__(id="fs", socket=f"virtiofsd of {self.directory}", tag="share")
 
     @classmethod
-    def parse(cls, text: str) -> Share:
+    def parse(cls, text: str, jailed: User | None = None) -> Share:
         """Parse ``DIR[:PATH][:rw|:ro]`` as on the command line. The last ``:/`` is where PATH
         begins.
+
+        :param jailed: as for ``Share``.
         """
         head, colon, access = text.rpartition(":")
         writable = False
@@ -86,8 +94,8 @@ class Share(StartedDevice):
             text, writable = head, access == "rw"
         directory, colon, inside = text.rpartition(":/")
         if not colon:
-            return cls(text, writable=writable)
-        return cls(directory, "/" + inside, writable=writable)
+            return cls(text, writable=writable, jailed=jailed)
+        return cls(directory, "/" + inside, writable=writable, jailed=jailed)
 
     def number(self, number: int) -> None:
         """Give the share its number among the machine's."""
@@ -169,8 +177,9 @@ class Root(Share):
         *,
         user: str | None = None,
         init: str | None = None,
+        jailed: User | None = None,
     ) -> None:
-        super().__init__(directory, "/root")
+        super().__init__(directory, "/root", jailed=jailed)
         self.path, self.access = "/", b"root"
         self.account = account(self.directory, user) if user is not None else b""
         self.init, self.systemd = (

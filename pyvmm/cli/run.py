@@ -129,7 +129,7 @@ import os
 import stat
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from pyvmm.cli.support.options import (
     ADD_HELP,
@@ -170,7 +170,7 @@ if TYPE_CHECKING:
     from pyvmm.cli.support.watchdog import Watchdog
     from pyvmm.control.registry import Claim
     from pyvmm.devices.console import FdSink, Stream
-    from pyvmm.devopt import Device
+    from pyvmm.devopt import Device, User
     from pyvmm.diskopt import Disk
     from pyvmm.exits.kernel_trace import KernelTrace
     from pyvmm.machine import Machine
@@ -487,12 +487,36 @@ def _check_jail(args: argparse.Namespace) -> None:
                 f"{what}: only emulated and vhost-net can use a tap from outside of a jail",
                 f"use one of them, or leave out the key for {outside}",
             )
+    if _jailed(args) is not None:
+        _check_links(args)
     for device in _devices(args):
         if device.server:
             raise UsageError(
                 "--device and --jail: server=on: nobody outside of a jail finds a socket in it",
                 "let the back-end listen: leave out server=on",
             )
+
+
+def _jailed(args: argparse.Namespace) -> User | None:
+    """The user of the jail for which this process opens files, as root; None if there is none."""
+    if args.jail is None or os.geteuid():
+        return None
+    return args.jail.uid, args.jail.gid
+
+
+def _check_links(args: argparse.Namespace) -> None:
+    """Refuse links that are not root's before root reads what is named; the jail looks again.
+
+    :raises UsageError: there is one.
+    """
+    from pyvmm.assembly import added_names, initrd_files
+    from pyvmm.hostnet.links import follow
+
+    names = [args.kernel, args.vmlinux, args.modules]
+    names += [*initrd_files(args.initrd or ()), *added_names(args.add or ())]
+    for name in filter(None, names):
+        with suppress(OSError, ValueError):  # to read it will say what is wrong
+            follow(name)
 
 
 def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
@@ -691,7 +715,7 @@ def _disks(args: argparse.Namespace) -> list[Disk]:
     if getattr(args, "disks", None) is None:
         from pyvmm.diskopt import Disk
 
-        args.disks = [Disk.parse(text) for text in args.disk]
+        args.disks = [Disk.parse(text, _jailed(args)) for text in args.disk]
     disks: list[Disk] = args.disks
     return disks
 
@@ -703,7 +727,7 @@ def _shares(args: argparse.Namespace) -> list[Share]:
     if getattr(args, "shares", None) is None:
         from pyvmm.shareopt import Share
 
-        args.shares = [Share.parse(text) for text in args.share]
+        args.shares = [Share.parse(text, _jailed(args)) for text in args.share]
     shares: list[Share] = args.shares
     return shares
 
@@ -721,7 +745,7 @@ def _root(args: argparse.Namespace) -> Root | None:
     if getattr(args, "tree", None) is None:
         from pyvmm.shareopt import Root
 
-        args.tree = Root(args.root, user=args.user, init=args.init)
+        args.tree = Root(args.root, user=args.user, init=args.init, jailed=_jailed(args))
     tree: Root = args.tree
     return tree
 

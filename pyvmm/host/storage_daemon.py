@@ -5,7 +5,7 @@ Theory of operation. The child (``host.child``) is executed in namespaces whose 
 little else than the image (``hostnet.isolate.enclose``), and, if the user says so, the files of its
 backing chain, which ``layers`` finds before. So an image whose contents name other files, which a
 guest may have written, leads nowhere. In a jail, which has none of these files, they come as a
-mount that root has made outside (``collect``). The child does not end when its connection
+mount that root has made outside (``look_as``). The child does not end when its connection
 does. It has one end of a pipe, for which it gets SIGTERM once the other end, which only this
 process has, is closed: also if this process is killed. On SIGTERM it writes what it has in memory,
 and ends.
@@ -18,19 +18,20 @@ import fcntl
 import json
 import os
 import signal
-from contextlib import contextmanager
 from stat import S_ISBLK, S_ISDIR, S_ISREG
 
+from pyvmm import helper
 from pyvmm.errors import DiskError
 from pyvmm.host import qcow2
 from pyvmm.host.child import ChildConnector
 from pyvmm.hostnet import isolate
+from pyvmm.hostnet.userns import acting_as
 from pyvmm.programs import install
 from pyvmm.vhostuser.wire import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pyvmm.devopt import User
@@ -134,34 +135,53 @@ def memory(chain: Sequence[Layer], *, snapshot: bool) -> int:
     return MEMORY + MEMORY_PER_QCOW2 * count
 
 
-def collect(chain: Sequence[Layer], *, writable: bool, snapshot: bool, user: User) -> int:
-    """The files of a disk for a daemon of another user that has no such files: a mount for
-    ``isolate.enclose``, owned by the caller.
+def look_as(
+    user: User, path: str, look: Callable[[int], list[Layer]], take: bool | None = None
+) -> tuple[list[Layer], int]:
+    """The images of a disk, as another user may open them; and, for a daemon of that user, which
+    has no such files, a mount that has them, for ``isolate.enclose``. A child does all this: to
+    become another user, even for a while, would leave this process less protected than it was, and
+    what is taken is what was looked at, by descriptors.
 
-    :param chain: the images, as ``user`` has found them.
-    :raises OSError: an image has been replaced; or as ``isolate.collect``.
-    :raises DiskError: the disk is too large for a snapshot, or there is no place for one.
+    :param path: of the disk's own image, without symbolic links.
+    :param look: calls ``layers`` with this descriptor as ``at``; with the user's rights.
+    :param take: make the mount; whether it has an overlay. None: do not.
+    :returns: the images, without path and facts; the mount, owned by the caller, or -1.
+    :raises OSError: the image has been replaced; or as ``isolate.collect``.
+    :raises DiskError: the disk is too large for a snapshot, or there is no place for one; or from
+        ``look``.
     """
+
+    def inside() -> tuple[list[str], list[int]]:
+        if take is not None:
+            isolate.own_mounts()
+        at = isolate.open_found(path)
+        with acting_as(user):
+            chain = look(at)
+        words = [word for one in chain for word in (one.form, "device" if one.device else "")]
+        return words, [] if take is None else [_collect(chain, user, snapshot=take)]
+
+    words, fds = helper.in_child(inside, "the child that looks at a disk")
+    found = [
+        Layer("", form, None, device=bool(device))
+        for form, device in zip(words[::2], words[1::2], strict=True)
+    ]
+    return found, fds[0] if fds else -1
+
+
+def _collect(chain: Sequence[Layer], user: User, *, snapshot: bool) -> int:
     made = _made(chain) if snapshot else {}
     for where, _ in made.values():
         if not os.path.isdir(where):
             raise DiskError(
                 f"{chain[0].path}: no directory {where} for a snapshot", "set TMPDIR to another one"
             )
-    mount = isolate.collect(
-        _files(chain, writable=writable and not snapshot),
-        made,
-        owner=user,
-        devices=[place(n) for n, layer in enumerate(chain) if layer.image.device],
-    )
-    try:
-        for number, layer in enumerate(chain):
-            if identity(os.stat(place(number), dir_fd=mount)) != layer.image.identity:
-                raise OSError(f"{layer.path} has been replaced")
-    except BaseException:
-        os.close(mount)
-        raise
-    return mount
+    files = {}
+    for number, layer in enumerate(chain):
+        assert layer.image is not None
+        files[place(number)] = layer.image.place, layer.image.writable
+    devices = [place(number) for number, layer in enumerate(chain) if layer.device]
+    return isolate.collect(files, made, owner=user, devices=devices)
 
 
 def _files(chain: Sequence[Layer], *, writable: bool) -> dict[str, tuple[str, bool]]:
@@ -175,6 +195,7 @@ def _made(chain: Sequence[Layer]) -> dict[str, tuple[str, bytes]]:
     :raises DiskError: the disk is too large.
     """
     top, facts = chain[0], chain[0].image
+    assert facts is not None
     size = qcow2.virtual_size(facts.head) if top.form == "qcow2" else facts.size
     if size > qcow2.SIZE_MAX:
         what, remedy = qcow2.too_large(size)
@@ -187,9 +208,10 @@ def _made(chain: Sequence[Layer]) -> dict[str, tuple[str, bytes]]:
 class DiskConnector(ChildConnector):
     """Starts a qemu-storage-daemon and makes the one connection to it.
 
+    :param path: of the disk's image, for messages.
     :param chain: the disk's image, its backing file, and so on.
     :param snapshot: what the guest writes goes to a file that ends with the child.
-    :param collected: their mount, lent, if this process has no such files (``collect``); else -1.
+    :param collected: their mount, lent, if this process has no such files (``look_as``); else -1.
     :raises DiskError: there is no qemu-storage-daemon, or it cannot be started.
     """
 
@@ -198,25 +220,29 @@ class DiskConnector(ChildConnector):
 
     def __init__(
         self,
+        path: str,
         chain: Sequence[Layer],
         *,
         writable: bool,
         snapshot: bool,
         collected: int = -1,
     ) -> None:
-        super().__init__(NAME, chain[0].path, DiskError)
+        super().__init__(NAME, path, DiskError)
         program = find()
         may = writable and not snapshot
-        files, made = _files(chain, writable=may), _made(chain) if snapshot else {}
+        files = _files(chain, writable=may)
+        made: dict[str, tuple[str, bytes]] = {}
+        if snapshot:
+            made = _made(chain) if collected < 0 else {OVERLAY: ("", b"")}
         graph = nodes(
             chain[0].form,
-            device=chain[0].image.device,
+            device=chain[0].device,
             writable=may,
             snapshot=snapshot,
             below=[layer.form for layer in chain[1:]],
         )
         user = os.geteuid()
-        owned = user != 0 or all(layer.image.owner == user for layer in chain)
+        owned = user != 0 or all(one.image is not None and one.image.owner == user for one in chain)
         leash, self._leash = os.pipe2(os.O_CLOEXEC)
 
         def argv(fd: int) -> list[str]:
@@ -265,19 +291,20 @@ class Image:
     """What is known of an image before it is served.
 
     :param device: a block device is opened, too; else it has neither head nor size.
-    :param user: who opens it, if that is not this process's own; the directories above need not be
-        open to that user.
+    :param at: a descriptor with O_PATH of the image, which need not be found by its path then.
+    :param keep: leave such a descriptor open: ``place``, which nobody closes.
     :ivar head: its first bytes. :ivar size: in bytes. :ivar owner: user id.
     :ivar device: whether it is a block device. :ivar identity: device and inode of the file.
     :raises OSError: it may not be opened, or is neither a file nor a block device.
     """
 
     def __init__(
-        self, path: str, *, writable: bool, device: bool = True, user: User | None = None
+        self, path: str, *, writable: bool, device: bool = True, at: int = -1, keep: bool = False
     ) -> None:
         # Opening a device may have an effect: a watchdog starts. So its kind is looked at before,
         # and what is opened then is what was looked at.
-        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        self.writable = writable
+        self.place = place = at if at >= 0 else os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             status = os.fstat(place)
             self.device, self.owner = S_ISBLK(status.st_mode), status.st_uid
@@ -290,10 +317,10 @@ class Image:
             if self.device and not device:
                 return
             flags = os.O_RDWR if writable else os.O_RDONLY
-            with _acting_as(user):
-                fd = os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
         finally:
-            os.close(place)
+            if at < 0 and not keep:
+                os.close(place)
         try:
             self.head = os.pread(fd, qcow2.HEAD_READ, 0)
             self.size = os.lseek(fd, 0, os.SEEK_END)
@@ -306,31 +333,18 @@ def identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-@contextmanager
-def _acting_as(user: User | None) -> Iterator[None]:
-    """Have this process, which is root's, the rights of another user meanwhile; None: its own."""
-    if user is None:
-        yield
-        return
-    own = os.geteuid(), os.getegid(), os.getgroups()
-    try:
-        os.setgroups([])
-        os.setegid(user[1])
-        os.seteuid(user[0])
-        yield
-    finally:
-        os.seteuid(own[0])
-        os.setegid(own[1])
-        os.setgroups(own[2])
-
-
 class Layer:
-    """An image of a chain. :ivar path: without symbolic links. :ivar form: ``raw`` or ``qcow2``."""
+    """An image of a chain.
 
-    __slots__ = ("form", "image", "path")
+    :ivar path: without symbolic links. :ivar form: ``raw`` or ``qcow2``. :ivar image: what is known
+        of it. Path and facts are empty if a child has looked (``look_as``).
+    :ivar device: whether it is a block device.
+    """
 
-    def __init__(self, path: str, form: str, image: Image) -> None:
-        self.path, self.form, self.image = path, form, image
+    __slots__ = ("device", "form", "image", "path")
+
+    def __init__(self, path: str, form: str, image: Image | None, *, device: bool) -> None:
+        self.path, self.form, self.image, self.device = path, form, image, device
 
 
 def layers(
@@ -340,37 +354,48 @@ def layers(
     writable: bool,
     backing: bool,
     called: str = "",
-    user: User | None = None,
+    at: int = -1,
+    whom: str = "",
 ) -> list[Layer]:
     """The images that a disk consists of: its own, and with ``backing`` its backing file, the
     backing file of that one, and so on.
 
     :param path, form: of the disk's own image, the path without symbolic links.
     :param called: what messages call it.
-    :param user: who opens the images, and finds the backing files by their names, if that is not
-        this process's own user.
+    :param at: see ``Image``; those of the backing files stay open, too.
+    :param whom: who opens the images, for messages, if this process acts as another user.
     :raises OSError: it cannot be opened.
     :raises DiskError: an image may not be a part of a disk, or cannot be opened.
     """
-    chain = [Layer(path, form, Image(path, writable=writable, user=user))]
+    image = Image(path, writable=writable, at=at)
+    chain, found = [Layer(path, form, image, device=image.device)], [image]
     called = called or path
     while chain[-1].form == "qcow2":
-        last = chain[-1]
-        what, remedy = qcow2.problem(last.image.head, backing=backing)
+        what, remedy = qcow2.problem(image.head, backing=backing)
         if what:
             raise DiskError(f"{called} {what}", remedy)
         if not backing:
             break
         try:
-            name, form = qcow2.backing_file(last.image.head)
+            name, form = qcow2.backing_file(image.head)
         except ValueError:
             raise DiskError(
                 f"{called} names a backing file in a place where no name can be", "make it anew"
             ) from None
         if not name:
             break
-        chain.append(_next(chain, name, form, called, user))
-        called = f"the backing file {_shown(chain[-1].path)}"
+        what = f"{called} has the backing file {_shown(os.fsdecode(name))}"
+        path, image = _next(path, name, form, what, keep=at >= 0, whom=whom)
+        if any(other.identity == image.identity for other in found):
+            raise DiskError(f"{what}, which is above it in the chain", "make the chain anew")
+        if len(chain) >= LAYERS_MAX:
+            raise DiskError(
+                f"{what}, and a chain has at most {LAYERS_MAX} images",
+                "shorten it: qemu-img rebase",
+            )
+        chain.append(Layer(path, form, image, device=False))
+        found.append(image)
+        called = f"the backing file {_shown(path)}"
     return chain
 
 
@@ -379,11 +404,14 @@ def _shown(name: str) -> str:
     return repr(name)
 
 
-def _next(chain: Sequence[Layer], name: bytes, form: str, called: str, user: User | None) -> Layer:
-    """The image that the last one of ``chain`` names. The name is of somebody else's choice, so
-    ``user`` finds it.
+def _next(
+    above: str, name: bytes, form: str, what: str, *, keep: bool, whom: str
+) -> tuple[str, Image]:
+    """The path and the facts of the image that another one names.
+
+    :param above: the path of that one. :param name, form: are of somebody else's choice.
+    :param what: the two for messages. :param keep, whom: as for ``Image`` and ``layers``.
     """
-    what = f"{called} has the backing file {_shown(os.fsdecode(name))}"
     # QEMU takes a word with a colon before the first slash for a protocol (path_has_protocol).
     if b"\0" in name or b":" in name.partition(b"/")[0]:
         raise DiskError(f"{what}, which is no path", "only files of the host are taken")
@@ -392,24 +420,14 @@ def _next(chain: Sequence[Layer], name: bytes, form: str, called: str, user: Use
             f"{what}, whose format it {f'calls {form!r}' if form else 'does not say'}",
             "say raw or qcow2: qemu-img rebase -u -F FORMAT -b FILE IMAGE",
         )
-    directory = os.path.dirname(chain[-1].path)
-    path = os.path.join(directory, os.fsdecode(name))
+    path = os.path.join(os.path.dirname(above), os.fsdecode(name))
     try:
-        with _acting_as(user):
-            path = os.path.realpath(path)
-            image = Image(path, writable=False, device=False)
+        path = os.path.realpath(path)
+        image = Image(path, writable=False, device=False, keep=keep)
     except OSError as e:
-        whom, way = "", ""
-        if user is not None:
-            whom, way = f" for user {user[0]}", " by chmod, with the directories above"
+        way = " by chmod, with the directories above" if whom else ""
         problem = f"{what}: {_shown(path)}: {e.strerror}{whom}"
         raise DiskError(problem, f"put it there, or allow it{way}") from e
     if image.device:
         raise DiskError(f"{what}, which is a device", "only files are taken")
-    if any(layer.image.identity == image.identity for layer in chain):
-        raise DiskError(f"{what}, which is above it in the chain", "make the chain anew")
-    if len(chain) >= LAYERS_MAX:
-        raise DiskError(
-            f"{what}, and a chain has at most {LAYERS_MAX} images", "shorten it: qemu-img rebase"
-        )
-    return Layer(path, form, image)
+    return path, image

@@ -12,15 +12,16 @@ from pyvmm._ext import ffi, lib
 from pyvmm.errors import UsageError
 from pyvmm.hostnet import userns
 from pyvmm.hostnet.isolate import STAGE, bind, open_found, own_mounts, set_attr
+from pyvmm.hostnet.links import walk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
 #: The only directory that can be written: its owner's, in memory.
 SCRATCH = "/.pyvmm"
-#: Symbolic links on the way to one place, as in the kernel (MAXSYMLINKS).
-LINKS_MAX = 40
+#: What is said of a name that leads nowhere.
+NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG)
 #: What is bound: read-only, without devices and set-user-ID programs.
 BOUND = lib.MOUNT_ATTR_RDONLY | lib.MOUNT_ATTR_NOSUID | lib.MOUNT_ATTR_NODEV
 
@@ -44,50 +45,35 @@ class _Plan:
             at += f"/{part}"
             self.directories[at] = None
 
-    def place(self, path: str, *, whole: bool) -> None:
+    def place(self, path: str, *, whole: bool, named: bool) -> None:
         """Bind a place of the host at its own name, with the symbolic links on the way to it;
         nothing if there is none.
 
-        :param whole: it may be a directory.
-        :raises UsageError: it is neither a regular file nor, with ``whole``, a directory.
+        :param whole: it may be a directory. :param named: as for ``links.walk``.
+        :raises UsageError: it is neither a regular file nor, with ``whole``, a directory; or as
+            ``links.walk``.
         :raises OSError: there are too many links, or one has been changed meanwhile.
         """
-        at, links = "", 0
-        todo = path.split("/")
-        while todo:
-            part = todo.pop(0)
-            if part in ("", "."):
-                continue
-            if part == "..":
-                at = os.path.dirname(at).rstrip("/")
-                continue
-            here = f"{at}/{part}"
-            if here in self.bound:
-                return  # it is inside of something that is there
-            try:
-                target = os.readlink(here)
-            except OSError as e:
-                if e.errno != errno.EINVAL:
-                    return  # there is nothing
-            else:
-                links += 1
-                if links > LINKS_MAX:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-                self.links[here] = target
-                at = "" if target.startswith("/") else at
-                todo = [*target.split("/"), *todo]
-                continue
-            if any(todo):
-                self.directories[here] = None
-            else:
-                fd = open_found(here)
-                mode = os.fstat(fd).st_mode  # of what is bound, whatever has the name by now
-                self.bound[here] = fd, stat.S_ISDIR(mode)
-                if not (stat.S_ISREG(mode) or (whole and stat.S_ISDIR(mode))):
-                    raise UsageError(
-                        f"--jail: {path} is no regular file", "name the file that it is about"
-                    )
-            at = here
+        try:
+            for here, target, more in walk(path, named=named):
+                if here in self.bound:
+                    return  # it is inside of something that is there
+                if target is not None:
+                    self.links[here] = target
+                elif more:
+                    self.directories[here] = None
+                else:
+                    self._bind(here, path, whole=whole)
+        except OSError as e:
+            if e.errno not in NOTHING:
+                raise
+
+    def _bind(self, here: str, path: str, *, whole: bool) -> None:
+        fd = open_found(here)
+        mode = os.fstat(fd).st_mode  # of what is bound, whatever has the name by now
+        self.bound[here] = fd, stat.S_ISDIR(mode)
+        if not (stat.S_ISREG(mode) or (whole and stat.S_ISDIR(mode))):
+            raise UsageError(f"--jail: {path} is no regular file", "name the file that it is about")
 
     def close(self) -> None:
         for fd, _ in self.bound.values():
@@ -102,6 +88,7 @@ def enter(
     *,
     scratch: int,
     here: str,
+    named: Container[str] = (),
 ) -> None:
     """Move this process, which is root's and has one thread, to a mount namespace of its own whose
     root directory is new and cannot be written.
@@ -112,13 +99,15 @@ def enter(
     :param owner: user and group. :param scratch: bytes of ``SCRATCH``.
     :param here: the working directory, which has the same name and is empty unless it is among
         ``places``.
+    :param named: those of ``places`` whose names somebody has given, see ``links.walk``.
+    :raises UsageError: as ``links.walk``.
     :raises OSError: the kernel or a sandbox does not allow this; nothing is as before then.
     """
     own_mounts()
     plan = _Plan()
     try:
         for path in sorted(places, key=len):  # what is inside of another place comes later
-            plan.place(path, whole=places[path])
+            plan.place(path, whole=places[path], named=path in named)
         for path in (*map(os.path.dirname, devices), "/proc", SCRATCH):
             plan.directory(path)
         if not any(here == name or here.startswith(f"{name}/") for name in plan.bound):

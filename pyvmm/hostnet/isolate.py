@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from stat import S_ISLNK
 
-from pyvmm import helper
 from pyvmm._ext import ffi, lib
 from pyvmm.hostnet import userns
 
@@ -52,7 +51,7 @@ def enclose(
     """
     own_mounts()
     if collected < 0:
-        _furnish(files, made)
+        _furnish({name: open_found(path) for name, (path, _) in files.items()}, made)
     else:
         attach(collected, STAGE)
     for name in SYSTEM:
@@ -78,17 +77,17 @@ def enclose(
 
 
 def _furnish(
-    files: Mapping[str, tuple[str, bool]],
+    files: Mapping[str, int],
     made: Mapping[str, tuple[str, bytes]],
     owner: tuple[int, int] | None = None,
 ) -> None:
     """Mount a directory in memory at ``STAGE``, with files as for ``enclose``.
 
+    :param files: by their names there, descriptors, which are closed.
     :param owner: user and group to whom the directory and ``made`` belong; None: this process's.
     """
-    found = {name: open_found(path) for name, (path, _) in files.items()}
     userns.check(lib.mount(b"none", STAGE.encode(), b"tmpfs", 0, b"mode=755"), f"mount {STAGE}")
-    for name, fd in found.items():
+    for name, fd in files.items():
         _show(fd, f"{STAGE}/{name}")
     for name, (directory, data) in made.items():
         # A file that has no name any more cannot be bound.
@@ -108,32 +107,30 @@ def _furnish(
 
 
 def collect(
-    files: Mapping[str, tuple[str, bool]],
+    files: Mapping[str, tuple[int, bool]],
     made: Mapping[str, tuple[str, bytes]],
     *,
     owner: tuple[int, int],
     devices: Container[str] = (),
 ) -> int:
     """What a process of another user, which has none of the host's files, needs for ``enclose``: as
-    ``detach``, of a directory in memory that has nothing but the files. The caller is root's.
+    ``detach``, of a directory in memory that has nothing but the files. To be called by a child of
+    root's that ends then, after ``own_mounts``.
 
-    :param files, made: as for ``enclose``. :param owner: user and group of the other process.
+    :param files: by their names in the directory: descriptors of ``open_found``, or the like, of
+        this mount namespace, which are closed; and whether the file may be written.
+    :param made: as for ``enclose``. :param owner: user and group of the other process.
     :param devices: names of devices among the files, which may be opened as such.
     :returns: the caller's descriptor.
     :raises OSError: as ``enclose``.
     """
-
-    def inside() -> tuple[list[str], list[int]]:
-        own_mounts()
-        _furnish(files, made, owner)
-        for name in (*files, *made):
-            attributes = lib.MOUNT_ATTR_NOSUID
-            attributes |= 0 if name in devices else lib.MOUNT_ATTR_NODEV
-            attributes |= 0 if name in made or files[name][1] else lib.MOUNT_ATTR_RDONLY
-            set_attr(f"{STAGE}/{name}", {"attr_set": attributes}, 0)
-        return [], [_clone(lib.AT_FDCWD, STAGE, lib.AT_RECURSIVE)]
-
-    return helper.in_child(inside, "the child that collects files")[1][0]
+    _furnish({name: fd for name, (fd, _) in files.items()}, made, owner)
+    for name in (*files, *made):
+        attributes = lib.MOUNT_ATTR_NOSUID
+        attributes |= 0 if name in devices else lib.MOUNT_ATTR_NODEV
+        attributes |= 0 if name in made or files[name][1] else lib.MOUNT_ATTR_RDONLY
+        set_attr(f"{STAGE}/{name}", {"attr_set": attributes}, 0)
+    return _clone(lib.AT_FDCWD, STAGE, lib.AT_RECURSIVE)
 
 
 def _clone(directory: int, path: str, flags: int) -> int:

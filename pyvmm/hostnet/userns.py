@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 from pyvmm._ext import ffi, lib
 from pyvmm.hostnet import ALLOW_USER_NAMESPACES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Ubuntu's kernel lets anybody make a user namespace, but AppArmor then forbids what makes the
 #: namespace useful.
@@ -17,6 +22,26 @@ def check(result: int, what: str) -> None:
     if result:
         number = ffi.errno
         raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+@contextmanager
+def acting_as(user: tuple[int, int]) -> Iterator[None]:
+    """Have the calling process, a child of root's with one thread, the rights of another user and
+    group meanwhile, and no other group. To become root again is still possible: so code of somebody
+    else's must not run. The process is not dumpable afterwards.
+    """
+    groups, parent = os.getgroups(), os.getppid()
+    os.setgroups([])
+    try:
+        os.setegid(user[1])
+        os.seteuid(user[0])
+        lib.pv_follow_parent(parent)  # which a change of user has taken back
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+        lib.pv_follow_parent(parent)
 
 
 def unshare(flags: int) -> None:

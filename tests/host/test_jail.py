@@ -13,17 +13,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pyvmm import jail
 from pyvmm.diskopt import Disk
-from pyvmm.errors import ShareError, UsageError
+from pyvmm.errors import DiskError, ShareError, UsageError
 from pyvmm.host import cgroup, storage_daemon, virtiofsd
+from pyvmm.hostnet import links
 from pyvmm.jailopt import Jail
 from tests.driver import wait_for
 from tests.host.taps import own_tap
@@ -435,8 +436,9 @@ from pyvmm.jail import Cell
 from pyvmm.jailopt import Jail
 from tests.unit.test_disk import Asking, content
 jail = Jail(sys.argv[1])
-disk = Disk.parse(sys.argv[2])
-mounts = disk.detach((jail.uid, jail.gid))
+user = jail.uid, jail.gid
+disk = Disk.parse(sys.argv[2], user)
+mounts = disk.detach(user)
 def body():
     print(os.path.exists(disk.file))
     disk.begin()
@@ -636,33 +638,147 @@ def test_a_daemon_ends_with_the_jail(guest: Guest, images: Path, whom: str) -> N
     assert Path("/proc/self/mountinfo").read_text() == mounts
 
 
-def test_an_image_that_is_replaced_after_the_look(
-    images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What another file has got the name of is not given to the jail: no link, and no other file,
-    either.
+def test_an_image_that_is_replaced_after_the_look(images: Path) -> None:
+    """What another file has got the name of is not given to the jail: no link, and no other file
+    that the user may not have.
     """
     image = images / "own.raw"
-    look = storage_daemon.layers
-    replaced: list[Callable[[], object]] = [
-        lambda: image.symlink_to(images / "private.raw"),
-        lambda: image.hardlink_to(images / "private.raw"),
+    disk = Disk(image, jailed=(USER, GROUP))
+    image.rename(images / "before")
+    image.symlink_to(images / "private.raw")
+    with pytest.raises(OSError, match="has been replaced"):
+        disk.detach((USER, GROUP))
+    image.unlink()
+    image.hardlink_to(images / "private.raw")
+    with pytest.raises(DiskError, match=f"Permission denied for user {USER}"):
+        disk.detach((USER, GROUP))
+
+
+OPENING = """
+import os, sys
+seen = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
+def hook(event, args):
+    if event == "open" and isinstance(args[0], str) and sys.argv[1] in (path := places(args[0])):
+        how = "named" if args[2] & os.O_PATH else "opened"
+        os.write(seen, f"{how} {os.geteuid()} {path}\\n".encode())
+def places(path):
+    return os.readlink(path) if path.startswith("/proc/self/fd/") else path
+from pyvmm.cli import main
+sys.addaudithook(hook)
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def opens(guest: Guest, directory: Path, option: str) -> tuple[list[list[str]], str]:
+    """How files below ``directory`` are opened in a run with a disk: whether only to name them, by
+    which user, which; and the error.
+    """
+    with tempfile.NamedTemporaryFile() as seen:
+        argv = [sys.executable, "-c", OPENING, str(directory), seen.name, "run", "--host", "local"]
+        argv += [*OPTION, *hello(guest, "--disk", option)]
+        done = subprocess.run(
+            argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        return [line.split(" ", 2) for line in seen.read().decode().splitlines()], done.stderr
+
+
+def test_whoever_opens_an_image_is_the_jails_user(guest: Guest, images: Path) -> None:
+    """From the first look on; root only names the one file that the command line names."""
+    with open_directory() as top:
+        theirs = top / "theirs"
+        theirs.mkdir()
+        os.chown(theirs, USER, GROUP)
+        for name, form in ((images / "private.raw", b"raw"), (Path("below.qcow2"), b"qcow2")):
+            image = theirs / "top.qcow2"
+            qcow2_image(theirs / "below.qcow2", with_backing(bytes(images / "public.raw"), b"raw"))
+            qcow2_image(image, with_backing(bytes(name), form))
+            for path in (image, theirs / "below.qcow2"):
+                os.chown(path, USER, GROUP)
+            for place in (theirs, images):
+                found, error = opens(guest, place, f"{image},backing=on")
+                assert "Permission denied for user" in error, error
+                by_user = [str(USER)]
+                roots = {(how, path) for how, user, path in found if [user] != by_user}
+                assert roots <= {("named", str(image))}, found
+                assert place == images or ["opened", str(USER), str(image)] in found, found
+        found, error = opens(guest, images, f"{images}/own.raw")
+        assert not error
+        assert {(how, user) for how, user, _ in found} == {
+            ("named", "0"),
+            ("opened", str(USER)),
+        }
+
+
+LOOK = """
+import ctypes, os, sys
+from pyvmm.diskopt import Disk
+libc, number = ctypes.CDLL(None), ctypes.c_int()
+libc.prctl(1, 9)  # PR_SET_PDEATHSIG
+user = int(sys.argv[2]), int(sys.argv[2])
+os.close(Disk(sys.argv[1], jailed=user).detach(user)[0])
+libc.prctl(2, ctypes.byref(number))
+print(number.value, libc.prctl(3), os.getresuid(), os.getresgid())  # PR_GET_DUMPABLE
+"""
+
+
+def test_root_s_process_stays_as_it_was(images: Path) -> None:
+    """A change of its user would end with the protection that it had."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, str(images / "own.raw"), str(USER)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "9 1 (0, 0, 0) (0, 0, 0)\n", done
+
+
+def test_a_link_of_somebody_else_s_leads_nowhere(guest: Guest, images: Path) -> None:
+    """The user gets no file of root's whose directory is closed to the user, by a link that the
+    user may have made, whatever names the file.
+    """
+    options: list[Callable[[str], list[str]]] = [
+        lambda name: hello(guest, "--disk", f"{name}.raw,ro=on"),
+        lambda name: hello(guest, "--share", f"{name}.d:/mnt"),
+        lambda name: hello(guest, "--root", f"{name}.d"),
+        lambda name: ["--kernel", f"{name}.elf", "--memory", "4M"],
+        lambda name: hello(guest, "--initrd", f"{name}.raw"),
+        lambda name: hello(guest, "--add", f"{name}.d"),
+        lambda name: hello(guest, "--modules", f"{name}.d"),
+        lambda name: hello(guest, "--vmlinux", f"{name}.elf"),
     ]
-    for replace in replaced:
-        disk = Disk(image)
+    shutil.copy(guest("hello"), images / "x.elf")
+    (images / "x.d").mkdir()
+    with open_directory() as top:
+        for name in ("x.elf", "x.d"):
+            (top / name).symlink_to(images / name)
+        (top / "x.raw").symlink_to(images / "public.raw")
+        places = ((USER, 0o755, True), (USER, 0o755, False), (0, 0o777, False), (0, 0o1777, True))
+        for owner, mode, link in places:
+            os.chown(top, owner, -1)
+            top.chmod(mode)
+            for name in ("x.elf", "x.d", "x.raw"):
+                os.chown(top / name, USER if link else 0, -1, follow_symlinks=False)
+            for option in options if owner and link else options[:1]:
+                done = run(*option(f"{top}/x"))
+                assert (done.returncode, done.stderr.count("\n")) == (2, 1), (option, done)
+                assert "others than root may have put the link" in done.stderr, done
+            told = inside(f"print(open({str(top)!r} + '/x.raw').read(1))", f"{top}/x.raw")
+            assert "UsageError" in told.stderr and not told.stdout, told
+        name = f"{top}/x.raw"
+        os.chown(name, 0, -1, follow_symlinks=False)
+        for mode in (0o1777, 0o755):  # root's links, where nobody else can have put them
+            top.chmod(mode)
+            assert inside(f"print(len(open({name!r}).read(8)))", name).stdout == "8\n"
+            assert Disk(name, readonly=True, jailed=(USER, GROUP)).file == f"{images}/public.raw"
 
-        def layers(*args: Any, **more: Any) -> Any:
-            found = look(*args, **more)
-            image.rename(images / "before")
-            replace()  # noqa: B023
-            return found
 
-        with monkeypatch.context() as patch:
-            patch.setattr(storage_daemon, "layers", layers)
-            with pytest.raises(OSError, match="has been replaced"):
-                disk.detach((USER, GROUP))
-        (images / "before").rename(image)
-        assert os.geteuid() == 0 and os.getegid() == 0
+@pytest.mark.parametrize("end", ["/..", "/../link", "/./../link/", "/../link//../images/x"])
+def test_a_name_is_followed_as_the_kernel_does(images: Path, end: str) -> None:
+    (images.parent / "link").symlink_to("images/../images")
+    (images / "x").touch()
+    path = f"{images}{end}"
+    assert links.follow(path) == os.path.realpath(path)
 
 
 def test_a_directory_is_no_file(guest: Guest, tmp_path: Path) -> None:

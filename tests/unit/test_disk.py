@@ -231,7 +231,7 @@ def test_a_command_looks_at_an_image_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(storage_daemon, "layers", counted)
     image = tmp_path / "x.raw"
     image.write_bytes(bytes(512))
-    args = argparse.Namespace(disk=[str(image)])
+    args = argparse.Namespace(disk=[str(image)], jail=None)
     (first,), (second,) = run._disks(args), run._disks(args)
     assert first is second and looks == [str(image)]
 

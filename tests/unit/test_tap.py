@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from pyvmm import helper
 from pyvmm._ext import ffi, lib
 from pyvmm.datapath.base import Hashing, RxFilter, Vring, header_size
 from pyvmm.datapath.emulated import EmulatedNet
@@ -257,6 +258,25 @@ def test_a_child_that_cannot_answer_says_why(
     monkeypatch.undo()
     error, status = in_child(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert (type(error), status) == (HostError, -9) and "status -9" in str(error)
+
+
+def test_a_child_ends_with_the_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it waits for itself; and with the thread that waits."""
+
+    def interrupted(*args: Any) -> None:
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(helper, "recv_fds", interrupted)
+        error, status = in_child(patch, signal.pause)
+    assert (type(error), status) == (TimeoutError, -signal.SIGKILL)
+
+    def body() -> Any:
+        number = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+        return [str(number.value)], []
+
+    assert netns._in_child(body) == ([str(int(signal.SIGKILL))], [])
 
 
 def test_an_ordinary_user_gets_a_namespace(tun_for_all: Any) -> None:
