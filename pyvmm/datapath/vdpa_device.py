@@ -140,13 +140,12 @@ def open_described(words: list[str]) -> tuple[list[str], list[int]]:
     :raises VdpaError: it cannot be found or opened.
     """
     given = _given.get(words[0])
-    if given is not None:
-        return [given.path, given.name], [os.dup(given.fileno())]
-    path, name = find(words[0])
+    path, name = (given.path, given.name) if given is not None else find(words[0])
     try:
-        return [path, name or os.path.basename(path)], [open_device(path)]
+        fd = os.dup(given.fileno()) if given is not None else open_device(path)
     except OSError as e:
         raise VdpaError(*_why_not(path, e)) from e
+    return [path, name or os.path.basename(path)], [fd]
 
 
 def _name(node: str) -> str:

@@ -127,7 +127,8 @@ def nodes(
 
 
 def memory(chain: Sequence[Layer], *, snapshot: bool) -> int:
-    """Bytes that a daemon takes at most, besides the guest's memory and what it reads from files.
+    """About how many bytes a daemon takes, besides the guest's memory and what it reads from files.
+    With compressed clusters, there are more.
 
     :param chain: the images. :param snapshot: there is an overlay, too.
     """

@@ -90,7 +90,8 @@ def _furnish(
     for name, fd in files.items():
         _show(fd, f"{STAGE}/{name}")
     for name, (directory, data) in made.items():
-        # A file that has no name any more cannot be bound.
+        # A file that has no name any more cannot be bound, nor one of O_TMPFILE: mount(2) and
+        # move_mount(2) say ENOENT.
         path = f"{directory}/pyvmm-{os.urandom(8).hex()}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -149,7 +150,7 @@ def open_found(path: str) -> int:
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     if S_ISLNK(os.fstat(fd).st_mode) or os.readlink(f"/proc/self/fd/{fd}") != path:
         os.close(fd)
-        raise OSError(f"{path} has been replaced")
+        raise OSError(f"{path!r} has been replaced")  # the name may be an image's
     return fd
 
 

@@ -8,13 +8,14 @@ threads cannot enter a user namespace.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
 
 from pyvmm import helper
 from pyvmm._ext import lib
-from pyvmm.errors import NetForbidden
+from pyvmm.errors import NetError, NetForbidden
 from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet import macvtap, userns
 from pyvmm.hostnet.rtnetlink import (
@@ -111,6 +112,7 @@ def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
         descriptors of the namespace, of its user namespace if there is one, of two rtnetlink
         sockets, of the tap, of the way out if there is one.
     :raises NetForbidden: see ``Namespace``.
+    :raises NetError: the tap cannot have a queue of this length.
     """
     name, queues, txqueuelen, address, address6, mtu, own, gateway = words
 
@@ -132,7 +134,12 @@ def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
             fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
         sockets = [route_socket(), route_socket(lib.RTMGRP_LINK)]
         index = Interface(name).index
-        set_queue_length(sockets[0], index, int(txqueuelen))
+        try:
+            set_queue_length(sockets[0], index, int(txqueuelen))
+        except OSError as e:
+            if e.errno == errno.EPERM:
+                raise  # as of any other step
+            raise NetError(f"{name}: no queue of {txqueuelen} packets: {e.strerror}") from e
         out = _make_way_out(sockets[0], tap, own, gateway) if own else []
         said = ["root" if root else "user", str(tap.mtu), str(index)]
         return said, fds + [fd.fileno() for fd in (*sockets, *tap.fds, *out)]

@@ -24,7 +24,7 @@ from pyvmm import jail
 from pyvmm.diskopt import Disk
 from pyvmm.errors import DiskError, ShareError, UsageError
 from pyvmm.host import cgroup, storage_daemon, virtiofsd
-from pyvmm.hostnet import links
+from pyvmm.hostnet import isolate, links
 from pyvmm.jailopt import Jail
 from tests.driver import wait_for
 from tests.host.taps import own_tap
@@ -91,6 +91,15 @@ def jailed(guest: Guest, *args: str) -> Iterator[tuple[subprocess.Popen[str], in
 
         assert wait_for(runs), outside.poll()
         yield outside, found[0]
+
+
+def mounted(*places: Path) -> list[str]:
+    """This process's mounts of something in these places, and where jails and disks are made: other
+    mounts come and go by themselves.
+    """
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    top = [line for line in lines if line.split()[4] == isolate.STAGE]
+    return [*top, *(line for line in lines if any(str(place) in line for place in places))]
 
 
 def names(directory: str) -> set[str]:
@@ -570,7 +579,7 @@ def test_a_snapshot_without_a_place(
 @pytest.mark.parametrize("key", ["", ",snapshot=on"])
 def test_who_serves_a_disk(guest: Guest, images: Path, key: str) -> None:
     """A process of the jail's user in the jail, confined as without one, whose root directory has
-    the image. No other process of the jail has the image.
+    the image. No other process of the jail has the image open or mounted.
     """
     disk = ["--disk", f"{images}/own.raw{key}"]
     with jailed(guest, "--sandbox", "on", *disk) as (outside, pid):
@@ -609,6 +618,51 @@ def test_who_serves_a_disk(guest: Guest, images: Path, key: str) -> None:
                 assert "own.raw" not in Path(f"/proc/{one}/mountinfo").read_text()
 
 
+OTHERS = """
+import errno, os, sys
+from pyvmm import Machine
+from pyvmm.diskopt import Disk
+from pyvmm.jail import Cell
+from pyvmm.jailopt import Jail
+_, option, kernel, image, sandbox = sys.argv
+jail = Jail(option)
+disk = Disk(image, jailed=(jail.uid, jail.gid))
+mounts = disk.detach((jail.uid, jail.gid))
+def body():
+    with Machine(kernel, memory="4M", sandbox=sandbox, disks=[disk]) as vm:
+        vm.start()
+        vm.wait(60)
+        daemon = f"/proc/{disk._connector._child.pid}"
+        for name in ("root/image", "mem"):
+            try:
+                os.close(os.open(f"{daemon}/{name}", os.O_RDWR))
+                print("opened")
+            except OSError as e:
+                print(errno.errorcode[e.errno])
+    return 0
+with Cell(jail) as cell:
+    sys.exit(cell.run(body, files=[kernel], keep=(), mounts=mounts))
+"""
+
+
+@needs_daemon
+@pytest.mark.parametrize(("sandbox", "answer"), [("on", "EACCES"), ("off", "opened")])
+def test_what_other_processes_of_a_jail_have_of_a_disk(
+    guest: Guest, images: Path, sandbox: str, answer: str
+) -> None:
+    """All are one user's, so that it takes the sandbox to keep them apart."""
+    argv = [f"{USER}:{GROUP}", guest("hello"), f"{images}/own.raw", sandbox]
+    done = subprocess.run(
+        [sys.executable, "-c", OTHERS, *argv],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout.splitlines()[-2:] == [answer, answer], done
+
+
 @needs_daemon
 def test_a_daemon_that_is_killed_is_told(guest: Guest, images: Path) -> None:
     """The guest goes on, and the verdict says it."""
@@ -627,7 +681,7 @@ def test_a_daemon_that_is_killed_is_told(guest: Guest, images: Path) -> None:
 @needs_daemon
 @pytest.mark.parametrize("whom", ["outside", "first", "vmm"])
 def test_a_daemon_ends_with_the_jail(guest: Guest, images: Path, whom: str) -> None:
-    mounts = Path("/proc/self/mountinfo").read_text()
+    before = mounted(images.parent)
     disk = ["--disk", f"{images}/own.raw,snapshot=on"]
     with jailed(guest, *disk) as (outside, pid):
         processes = below(outside.pid)
@@ -635,7 +689,7 @@ def test_a_daemon_ends_with_the_jail(guest: Guest, images: Path, whom: str) -> N
         os.kill({"outside": outside.pid, "first": processes[0], "vmm": pid}[whom], signal.SIGKILL)
         outside.communicate(timeout=PATIENCE)
         assert wait_for(lambda: not any(Path(f"/proc/{p}").exists() for p in processes))
-    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert mounted(images.parent) == before
 
 
 def test_an_image_that_is_replaced_after_the_look(images: Path) -> None:
@@ -997,7 +1051,8 @@ def test_nothing_is_left(guest: Guest, whom: str) -> None:
     """Whichever process is killed, the others end with it, and their namespaces, mounts and taps
     with them.
     """
-    mounts = Path("/proc/self/mountinfo").read_text()
+    kernels = Path(guest("hello")).parent
+    before = mounted(kernels)
     tap = own_tap("jail")
     with jailed(guest, "--net", f"emulated,tap={tap}") as (outside, pid):
         processes = below(outside.pid)
@@ -1012,7 +1067,7 @@ def test_nothing_is_left(guest: Guest, whom: str) -> None:
         assert outside.returncode == 128 + signal.SIGKILL
         assert "pyvmm: the process in the jail was killed (SIGKILL)\n" in err, err
     assert wait_for(lambda: tap not in names("/sys/class/net"))
-    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert mounted(kernels) == before
 
 
 def test_a_tap_of_the_host(guest: Guest, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from pyvmm.errors import DiskError, UsageError
 from pyvmm.host import qcow2, storage_daemon
 from pyvmm.host.apt import codename
 from pyvmm.host.child import ChildConnector
+from pyvmm.hostnet import isolate
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Outcome
 from pyvmm.spec.qcow2 import HEADER, HEADER_V3
@@ -535,6 +536,15 @@ def test_an_image_that_is_replaced_by_a_link(tmp_path: Path) -> None:
     (tmp_path / "a.raw").symlink_to(tmp_path / "secret")
     with pytest.raises(DiskError, match="cannot be confined"):
         disk.connector()
+
+
+def test_a_name_of_an_image_s_choice_is_shown_on_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    link = tmp_path / "\n::error::\x1b[2J"
+    link.symlink_to("a")
+    with pytest.raises(OSError, match="has been replaced") as e:
+        isolate.open_found(str(link))
+    assert str(e.value).isprintable()
 
 
 # --- the end --------------------------------------------------------------------------------------

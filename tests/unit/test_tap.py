@@ -279,6 +279,27 @@ def test_a_child_ends_with_the_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert netns._in_child(body) == ([str(int(signal.SIGKILL))], [])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user makes it in a child")
+def test_a_queue_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no lack of root, for which an ordinary user's namespace would be tried."""
+    tries: list[int] = []
+
+    def refuse(error: int) -> None:
+        def refused(*args: Any) -> None:
+            tries.append(os.getpid())
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(netns, "set_queue_length", refused)
+
+    refuse(errno.ENOBUFS)
+    with pytest.raises(NetError, match="no queue of 1000 packets: No buffer space available"):
+        Namespace()
+    refuse(errno.EPERM)
+    with pytest.raises(NetForbidden, match="may not make a network namespace"):
+        Namespace()
+    assert tries == [os.getpid()] * 2, "the third was a child's"
+
+
 def test_an_ordinary_user_gets_a_namespace(tun_for_all: Any) -> None:
     """In a child that gives up root, from a process with threads."""
     need_readable_checkout()

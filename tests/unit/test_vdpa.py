@@ -352,6 +352,13 @@ def test_a_device_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
                 with pytest.raises(VdpaError, match="vhost-vdpa-3 is in use by another process"):
                     Vdpa("/dev/vhost-vdpa-3")
             assert told[-2:] == ["VHOST_VDPA_SET_STATUS", "VHOST_VDPA_SET_CONFIG_CALL"]
+
+        def dup(fd: int) -> int:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        with monkeypatch.context() as patch, pytest.raises(VdpaError, match="Too many open files"):
+            patch.setattr(os, "dup", dup)
+            Vdpa("/dev/vhost-vdpa-3")
     assert told.count("VHOST_SET_OWNER") == 1 and opened == ["/dev/vhost-vdpa-3"]
     assert open_fds() == before
 
