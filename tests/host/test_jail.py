@@ -827,6 +827,28 @@ def test_a_link_of_somebody_else_s_leads_nowhere(guest: Guest, images: Path) -> 
             assert Disk(name, readonly=True, jailed=(USER, GROUP)).file == f"{images}/public.raw"
 
 
+def test_root_of_a_testbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an ordinary user's, the files of the host's root are nobody's."""
+    link = tmp_path / "link"
+    link.symlink_to("file")
+    (tmp_path / "file").touch()
+    tmp_path.chmod(0o775)
+    for owner, inside, good in (
+        (links.NOBODY, True, True),
+        (links.NOBODY, False, False),
+        (USER, True, False),
+    ):
+        for path in (link, tmp_path):
+            os.chown(path, owner, owner, follow_symlinks=False)
+        with monkeypatch.context() as patch:
+            patch.delenv("PYVMM_IN_TESTBED", raising=False)
+            if inside:
+                patch.setenv("PYVMM_IN_TESTBED", "1")
+            refused = pytest.raises(UsageError, match="others than root may have put the link")
+            with contextlib.nullcontext() if good else refused:
+                assert links.follow(str(link)) == str(tmp_path / "file")
+
+
 @pytest.mark.parametrize("end", ["/..", "/../link", "/./../link/", "/../link//../images/x"])
 def test_a_name_is_followed_as_the_kernel_does(images: Path, end: str) -> None:
     (images.parent / "link").symlink_to("images/../images")
