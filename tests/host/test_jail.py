@@ -800,6 +800,7 @@ def test_a_link_of_somebody_else_s_leads_nowhere(guest: Guest, images: Path) -> 
         lambda name: hello(guest, "--add", f"{name}.d"),
         lambda name: hello(guest, "--modules", f"{name}.d"),
         lambda name: hello(guest, "--vmlinux", f"{name}.elf"),
+        lambda name: hello(guest, "--net", f"vhost-vdpa,device={name}.raw"),
     ]
     shutil.copy(guest("hello"), images / "x.elf")
     (images / "x.d").mkdir()
@@ -1238,6 +1239,7 @@ def test_what_is_refused(guest: Guest, args: list[str], why: str) -> None:
         ("/no/such", "there is no vDPA device /no/such"),
         ("no-such", "there is no vDPA device no-such"),
         ("/dev/null", "is it a vhost-vdpa device?"),
+        ("/etc/hostname", "is no character device"),
     ],
 )
 def test_no_vdpa_device(guest: Guest, device: str, why: str) -> None:

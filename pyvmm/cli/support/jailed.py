@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pyvmm.card.uplink import make_tap
 from pyvmm.cli import guard
-from pyvmm.errors import JailError, UsageError
+from pyvmm.errors import JailError, UsageError, VdpaError
 from pyvmm.jail import Cell
 from pyvmm.macs import MAC_PREFIX, mac_text
 from pyvmm.netopt import Net
@@ -123,13 +123,24 @@ def take_vdpa(nets: Iterable[Net], stack: ExitStack) -> list[Given]:
     memory that they need.
 
     :param stack: closes the devices.
+    :raises UsageError: a link on the way to a device is not root's alone (``links.walk``).
     :raises VdpaError: there is no such device, or it cannot be had.
     """
     names = [net.device for net in nets if net.device]
     if not names:
         return []
     from pyvmm.datapath.vdpa_device import Given, raise_memlock
+    from pyvmm.hostnet.links import follow
 
+    for name in names:
+        if "/" not in name:
+            continue
+        try:
+            found = Path(follow(name)).stat()
+        except OSError:
+            continue  # to open it will say what is wrong
+        if not stat.S_ISCHR(found.st_mode):  # to open anything else may have an effect
+            raise VdpaError(f"{name} is no character device", "is it a vhost-vdpa device?")
     raise_memlock()
     return [stack.enter_context(Given(name)) for name in names]
 
