@@ -191,12 +191,16 @@ def test_queue_pairs_in_a_bridge(host: Host) -> None:
             return [sum(map(int, counts.split())) for counts, _ in rows]
 
         def echoes_by_both() -> None:
-            """Echoes that each processor asks for come back to its own virtqueue."""
+            """Echoes that each processor asks for come back to its own virtqueue. Both get other
+            frames now and then, and a busy guest takes several for one interrupt.
+            """
             for cpu in (0, 1):
-                before = received()
-                guest.do(f"taskset {cpu + 1} sh -c '{pings('10.9.0.1', 3)}'")
-                more = [now - then for now, then in zip(received(), before, strict=True)]
-                assert more[cpu] > more[1 - cpu], (cpu, more)
+                seen: list[list[int]] = []
+                while not seen or seen[-1][cpu] <= seen[-1][1 - cpu]:
+                    assert len(seen) < 10, (cpu, seen)
+                    before = received()
+                    guest.do(f"taskset {cpu + 1} sh -c '{pings('10.9.0.1', 3)}'")
+                    seen.append([n - then for n, then in zip(received(), before, strict=True)])
 
         def lost(way: str) -> int:
             count: int = fault(host, name)["counters"][f"{way}_fault_loss"]

@@ -552,16 +552,17 @@ def test_a_frame_that_waits_in_vain() -> None:
 
 def test_resets_between_switches(rig: Rig) -> None:
     """A guest that resets the card all the time while it is switched all the time."""
-    switching = Switching(rig, ["emulated", "vhost-user"] * 6)
     rounds = 0
-    while switching.running:
-        rig.guest.close()
-        rig.drive()
-        rounds += 1
-        rig.nic.set_link(rounds % 3 != 0)
-    switching.done()
+    while rounds <= 3:  # a busy machine may have time for fewer while it switches twelve times
+        switching = Switching(rig, ["emulated", "vhost-user"] * 6)
+        while switching.running:
+            rig.guest.close()
+            rig.drive()
+            rounds += 1
+            rig.nic.set_link(rounds % 3 != 0)
+        switching.done()
     rig.nic.set_link(True)
-    assert rounds > 3 and rig.healthy
+    assert rig.healthy
     rig.exchange()
 
 
