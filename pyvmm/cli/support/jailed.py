@@ -12,6 +12,7 @@ from pathlib import Path
 from pyvmm.card.uplink import make_tap
 from pyvmm.cli import guard
 from pyvmm.errors import JailError, UsageError, VdpaError
+from pyvmm.hostnet.links import follow
 from pyvmm.jail import Cell
 from pyvmm.macs import MAC_PREFIX, mac_text
 from pyvmm.netopt import Net
@@ -130,7 +131,6 @@ def take_vdpa(nets: Iterable[Net], stack: ExitStack) -> list[Given]:
     if not names:
         return []
     from pyvmm.datapath.vdpa_device import Given, raise_memlock
-    from pyvmm.hostnet.links import follow
 
     for name in names:
         if "/" not in name:
