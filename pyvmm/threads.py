@@ -76,9 +76,9 @@ _here = threading.local()
 
 
 class _Jobs:
-    """A queue with one reader. A ``put`` may come in the middle of another one, because the
-    collector of garbage runs finalizers anywhere: so does that of ``queue.SimpleQueue``, whose
-    library takes longer to load than this thread to start.
+    """A queue with one reader. A ``put`` may interrupt another ``put`` in the same thread, because
+    the collector of garbage runs finalizers anywhere. ``queue.SimpleQueue`` allows that as well,
+    but its library takes longer to load than this thread takes to start.
     """
 
     def __init__(self) -> None:

@@ -114,6 +114,7 @@ class Box:
         }
         self.active = True
         self._looks = 0
+        self.machine = name
         self.server = Server(Claim(name), lambda: COMMANDS, self, {})
 
     def add(self, name: str, mode: str, *queues: dict[str, Any]) -> None:
@@ -133,7 +134,7 @@ def _ledger(box: Box, given: dict[str, Any]) -> object:
     counters = {f"{way}_{what}": n for way in ("rx", "tx") for what in ("packets", "calls")}
     return {
         "time-ns": time.monotonic_ns(),
-        "name": box.server.name,
+        "name": box.machine,
         "status": box.status,
         "reboots": box.reboots,
         "exits": {

@@ -173,18 +173,9 @@ class Server:
         self._thread.start()
 
     @property
-    def name(self) -> str:
-        """The machine's name."""
-        return self._claim.name
-
-    @property
     def path(self) -> str:
         """The socket's path."""
         return self._claim.path
-
-    def files(self) -> list[str]:
-        """The paths that ``close`` removes."""
-        return self._claim.files()
 
     def emit(self, event: str, data: dict[str, object] | None = None) -> None:
         """Queue an event for every client that has negotiated. Any thread; never waits."""

@@ -22,9 +22,10 @@ NOBODY = 65534
 
 
 def walk(path: str, *, named: bool) -> Generator[tuple[str, str | None, bool], None, str]:
-    """The way to a place: each name on it, itself without symbolic links before its last part; what
-    the link there says, or None if the name is no link; and whether more is to follow. At last, the
-    place's path without symbolic links; empty if that is the root directory.
+    """Go to a place step by step, and follow symbolic links. Each step yields the path so far, of
+    which only the last part may be a link; the link's target, or None if that part is no link; and
+    whether more parts follow. Returns the place's path without symbolic links, which is empty for
+    the root directory.
 
     :param path: absolute.
     :param named: somebody names the place, so that links on the way to it have to be root's alone.

@@ -668,7 +668,7 @@ def test_a_door_tries_again(door: Door, monkeypatch: pytest.MonkeyPatch, lack: E
 
 
 def test_client(srv: Server, runtime: Path) -> None:
-    with connect(srv.name) as c, connect(srv.path) as other:
+    with connect("vm0") as c, connect(srv.path) as other:
         assert c.greeting == {"QMP": {"version": {}, "capabilities": []}}
         srv.emit("ONE")
         srv.emit("TWO", {"n": 2})
