@@ -5,7 +5,7 @@ PYTEST := .venv/bin/python -m pytest
 .PHONY: help setup demo image check check-intel check-install check-docs lint bench clean
 .PHONY: check-kunit
 .PHONY: bench-native docs fuzz man lock release
-.PHONY: soak soak-bounds soak-kills soak-options soak-share
+.PHONY: soak soak-boot soak-bounds soak-kills soak-options soak-share
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -25,7 +25,7 @@ fuzz: SETUP = --fuzz
 # By two workers, file by file: what the tests of a file share, such as a guest, is made once.
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed), the quick part of intel
 	@$(PYVMM) testbed setup --cpu intel
-	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "intel_quick or not intel" \
+	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "(intel_quick or not intel) and not thorough" \
 		tests/lint tests/unit tests/fuzz tests/host tests/boot tests/intel $(ARGS)
 
 check-intel: SETUP = --tests
@@ -82,6 +82,9 @@ fuzz: setup ## all fuzz targets for MINUTES (10) with SEED (today's); a table an
 
 soak-options: image ## boot Linux with each row of docs/kernel-options.md, in the testbed
 	@PYVMM_KERNEL_OPTIONS=all $(PYTEST) -q tests/boot/test_kernel_options.py $(ARGS)
+
+soak-boot: image ## the boot tests that take minutes, which `make check` leaves out
+	@$(PYTEST) -m thorough tests/boot $(ARGS)
 
 soak-share: image ## shares at their limits, the Rust virtiofsd, a whole Debian with systemd (root)
 	@PYVMM_SHARE=all $(PYTEST) -q tests/boot/test_share.py tests/boot/test_tree.py $(ARGS)

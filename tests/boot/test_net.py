@@ -456,6 +456,7 @@ def test_two_cpus(host: Host) -> None:
         guest.leave()
 
 
+@pytest.mark.thorough
 def test_eight_cpus(host: Host) -> None:
     """As many as the testbed has to share out; all come up and do work."""
     with Guest(host, "--cpus", "8", "--memory", "512M") as guest:

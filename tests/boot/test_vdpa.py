@@ -182,6 +182,7 @@ def test_switches(vdpa: Host, flow: str) -> None:
     assert "12 switches (12 switched, 0 refused)" in last, last
 
 
+@pytest.mark.thorough
 def test_simulator(vdpa: Host, tmp_path: Path) -> None:
     """A device with a MAC address and a control queue of its own that can be suspended. The card
     takes its address, and a live switch takes it away and back.

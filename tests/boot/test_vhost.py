@@ -104,7 +104,9 @@ def test_every_feature_off(host: Host) -> None:
             assert (OFFLOADS | RINGS) - missing <= negotiated, card
 
 
-@pytest.mark.parametrize("mode", ["vhost-net", "emulated"])
+@pytest.mark.parametrize(
+    "mode", ["vhost-net", pytest.param("emulated", marks=pytest.mark.thorough)]
+)
 def test_queue_pairs(host: Host, mode: str) -> None:
     """Four pairs and two CPUs: the driver takes two, ethtool -L changes it under traffic."""
     with Guest(host, "--cpus", "2", "--net", f"{mode},queues=4") as guest:
@@ -159,7 +161,8 @@ def test_no_exit_for_a_packet(host: Host) -> None:
         assert exits["kvm_run_returns"] - console < 3000, exits["by_device"]
 
 
-def test_reload_a_hundred_times(host: Host) -> None:
+@pytest.mark.parametrize("times", [15, pytest.param(100, marks=pytest.mark.thorough)])
+def test_reload_again_and_again(host: Host, times: int) -> None:
     """virtio_net unloaded and loaded under traffic; each time the rings start anew and the card
     works.
     """
@@ -172,7 +175,7 @@ def test_reload_a_hundred_times(host: Host) -> None:
             guest.do(
                 # busybox' ping has a small socket buffer: a burst of the host's requests can push
                 # the answer out.
-                f"""for i in $(seq 100); do
+                f"""for i in $(seq {times}); do
                     rmmod virtio_net && modprobe virtio_net && ip link set eth0 up &&
                         ip addr add {nic_address(0, "guest")}/24 dev eth0 || break
                     for try in 1 2 3 4 5; do
@@ -181,7 +184,7 @@ def test_reload_a_hundred_times(host: Host) -> None:
                     cat /tmp/out; ip addr; break
                 done
                 echo reloads: $i
-                [ $i = 100 ]""",
+                [ $i = {times} ]""",
                 1800,
             )
         finally:
@@ -190,7 +193,7 @@ def test_reload_a_hundred_times(host: Host) -> None:
         check_traffic(guest)
         guest.leave()
         nic = guest.report["nets"][0]
-        assert nic["resets"] >= 100
+        assert nic["resets"] >= times
         assert nic["faults"] == [] and nic["refused_writes"] == 0
 
 
