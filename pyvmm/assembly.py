@@ -23,7 +23,7 @@ from pyvmm.devices.rtc import Rtc
 from pyvmm.errors import KvmUnsuitable, UsageError
 from pyvmm.exits.accounts import MachineAccounts
 from pyvmm.host.limits import memory_note
-from pyvmm.kvm import Kvm
+from pyvmm.kvm.ahead import Ahead
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.macs import MacAddresses, mac_text
@@ -244,7 +244,13 @@ class Parts:
     """
 
     def __init__(
-        self, want: Description, wires: Wires, stack: ExitStack, began: int, name: str
+        self,
+        want: Description,
+        wires: Wires,
+        stack: ExitStack,
+        began: int,
+        name: str,
+        ahead: Ahead | None,
     ) -> None:
         self._want, self._wires, self._stack = want, wires, stack
         closing = stack.callback
@@ -260,14 +266,15 @@ class Parts:
             options.begin()  # before there is memory that a child would have to give up
         self.memory = GuestMemory(want.memory, huge=want.huge)
         closing(self.memory.close)
-        self.kvm = Kvm()
+        self.kvm, blank = (ahead or Ahead()).take()
         closing(self.kvm.close)
+        closing(blank.close)
         most = self.kvm.extension("KVM_CAP_MAX_VCPUS")
         if want.cpus > most > 0:
             raise UsageError(
                 f"--cpus {want.cpus}: this host's KVM has at most {most} vCPUs", f"use 1 to {most}"
             )
-        self.vm = Vm(self.kvm, self.memory)
+        self.vm = Vm(self.kvm, self.memory, blank)
         closing(self.vm.close)
         if self.recorder is not None:
             self.vm.recorder = self.recorder.scope("kvm")
@@ -339,6 +346,7 @@ class Parts:
         self.hang_watch = (
             self._make_hang_watch(want.hang_timeout) if want.hang_timeout is not None else None
         )
+        self.vm.settle()
 
     def _reset(self) -> None:
         self._wires.end(Outcome("reboot"))
@@ -664,6 +672,7 @@ class Parts:
         self.vm.recreate(keep_clock=keep_clock)
         for vcpu in self.vcpus:
             vcpu.reattach()
+        self.vm.settle()
 
 
 def fits_the_line(raw: bytes, cards: int) -> bool:

@@ -174,7 +174,8 @@ def _vm(kvm: Kvm) -> Finding:
     from pyvmm.memory import PAGE, GuestMemory
 
     try:
-        with closing(GuestMemory(256 * PAGE)) as memory, closing(Vm(kvm, memory)):
+        with closing(GuestMemory(256 * PAGE)) as memory, closing(Vm(kvm, memory)) as vm:
+            vm.settle()
             return Finding("kvm vm", OK, "KVM makes a VM with memory and interrupt controllers")
     except PyvmmError as e:
         remedy = e.hint or "end other hypervisors, and see the kernel's log (dmesg)"

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
+    from pyvmm.kvm.ahead import Ahead
     from pyvmm.netopt import Net
     from pyvmm.plugs import Removal
     from pyvmm.scenario import Player, Scenario
@@ -95,6 +96,7 @@ class Machine:
     :param sandbox: ``off``, ``auto`` or ``on``: whether ``start`` confines this process, for good
         (docs/sandbox.md). It is off here because the process is the caller's: afterwards it can
         open hardly a file, start no program and make no other machine.
+    :param ahead: has a VM for the machine, which takes the VM; None: the machine makes one.
     :raises PyvmmError: the machine cannot be made; nothing is left behind.
 
     ::
@@ -134,6 +136,7 @@ class Machine:
         modules: str | None = None,
         stdin: int | None = None,
         sandbox: str = "off",
+        ahead: Ahead | None = None,
     ) -> None:
         if sandbox not in CHOICES:
             raise UsageError(f"--sandbox {sandbox}", f"use {', '.join(CHOICES)}")
@@ -209,7 +212,12 @@ class Machine:
                 )
                 self._stack.callback(claim.close)
             self._parts = parts = Parts(
-                description, wires, self._stack, began, claim.name if claim is not None else ""
+                description,
+                wires,
+                self._stack,
+                began,
+                claim.name if claim is not None else "",
+                ahead,
             )
             self.memory, self.kvm, self.vm, self.bus = parts.memory, parts.kvm, parts.vm, parts.bus
             self.pci, self.nets, self.vcpus = parts.pci, parts.nets, parts.vcpus

@@ -173,6 +173,7 @@ if TYPE_CHECKING:
     from pyvmm.devopt import Device, User
     from pyvmm.diskopt import Disk
     from pyvmm.exits.kernel_trace import KernelTrace
+    from pyvmm.kvm.ahead import Ahead
     from pyvmm.machine import Machine
     from pyvmm.netopt import Net
     from pyvmm.outcome import Outcome
@@ -391,6 +392,7 @@ def run(args: argparse.Namespace) -> int:
     words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
     kept: Kept | None = None
+    ahead: Ahead | None = None
 
     def note() -> str:
         if kept is not None:
@@ -402,6 +404,10 @@ def run(args: argparse.Namespace) -> int:
         own = args.jail is not None or any("fd=" in net for net in args.net or ())
         if not own and surely_here(args.host, vhost=vhost):
             _start_helper(args, stack)
+            from pyvmm.kvm.ahead import Ahead
+
+            # Now, because KVM may take as long for a VM as this process for the rest of a machine.
+            ahead = stack.enter_context(Ahead())
         args.initrd = _initrds(args)
         _check(args)
         if any(map(_is_pipe, (args.kernel, *args.initrd))):
@@ -432,7 +438,7 @@ def run(args: argparse.Namespace) -> int:
             net.check_open(inherited=True)  # before the helper's channel takes a number
         if args.jail is not None:
             return _in_jail(args, kept.filenos() if kept is not None else [])
-        return _here(args)
+        return _here(args, ahead=ahead)
 
 
 def _here(
@@ -440,18 +446,20 @@ def _here(
     outputs: Outputs | None = None,
     claim: Claim | None = None,
     mounts: Sequence[int] = (),
+    ahead: Ahead | None = None,
 ) -> int:
-    """Run the guest in this process, which has no thread yet.
+    """Run the guest in this process.
 
     :param outputs: the files that the user asks for; None: they are still to be opened.
     :param claim: the machine's name and control socket, likewise.
     :param mounts: descriptors that are for back-ends alone.
+    :param ahead: has a VM for the guest. Without it, this process has no thread yet.
     """
     from pyvmm.cli.support.signals import orderly
 
     with ExitStack() as stack:
         _start_helper(args, stack, mounts)
-        return orderly(lambda: _boot(args, outputs, claim))
+        return orderly(lambda: _boot(args, outputs, claim, ahead))
 
 
 def _check_jail(args: argparse.Namespace) -> None:
@@ -838,7 +846,9 @@ def _outputs(args: argparse.Namespace) -> Outputs:
     )
 
 
-def _boot(args: argparse.Namespace, outputs: Outputs | None, claim: Claim | None) -> int:
+def _boot(
+    args: argparse.Namespace, outputs: Outputs | None, claim: Claim | None, ahead: Ahead | None
+) -> int:
     """Run the guest here, with its files and signals; returns the exit status. For the parameters
     see ``_here``.
     """
@@ -847,7 +857,7 @@ def _boot(args: argparse.Namespace, outputs: Outputs | None, claim: Claim | None
         from pyvmm.cli.support.watchdog import Watchdog
 
         watchdog = Watchdog(args.timeout)
-    run = _Run(args, claim)
+    run = _Run(args, claim, ahead)
     try:
         run.outputs = outputs or _outputs(args)
         status = run.to_its_end(watchdog)
@@ -878,8 +888,8 @@ class _Run:
     :ivar machine: None until it is made.
     """
 
-    def __init__(self, args: argparse.Namespace, claim: Claim | None) -> None:
-        self.args, self._claim = args, claim
+    def __init__(self, args: argparse.Namespace, claim: Claim | None, ahead: Ahead | None) -> None:
+        self.args, self._claim, self._ahead = args, claim, ahead
         self.commanded = bool(args.guest_command)
         self.outputs: Outputs | None = None
         self.files: RunFiles | None = None
@@ -936,6 +946,7 @@ class _Run:
             modules=args.modules,
             stdin=0 if args.feed else None,
             sandbox="off" if args.trace_kernel else args.sandbox,
+            ahead=self._ahead,
         ) as machine:
             self.machine = machine
             for note in machine.notes:

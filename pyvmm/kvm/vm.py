@@ -7,14 +7,13 @@ import time
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, MemoryShort
-from pyvmm.fd import EventFd, Fd
+from pyvmm.fd import EventFd
 from pyvmm.kvm import Kvm, ioctl
+from pyvmm.kvm.ahead import BlankVm, set_routes
 from pyvmm.memory import PAGE
 from pyvmm.spec.platform import (
     GSI_MSI_BASE,
     GSI_PCI_BASE,
-    KVM_IDENTITY_MAP,
-    KVM_TSS_BASE,
     PIC_PCI_LINES,
 )
 from pyvmm.threads import aside
@@ -25,14 +24,13 @@ if TYPE_CHECKING:
 
     from pyvmm.memory import GuestMemory
 
-IOAPIC_PINS = 24
-
 
 class Vm:
     """A KVM VM with the kernel's interrupt chips and PIT. The object owns the VM's descriptor.
 
     :param kvm: lent.
     :param memory: lent. Its regions become the memory slots 0, 1, ...
+    :param blank: the object owns it from here on; None: the object makes one.
     :raises HostError: KVM cannot create the VM.
     :raises MemoryShort: KVM does not take so much memory.
     :ivar c_fd: ``int *`` to the descriptor, for devices in C that raise interrupts. A machine reset
@@ -40,7 +38,7 @@ class Vm:
     :ivar any_length: whether an ioeventfd can match writes of any length.
     """
 
-    def __init__(self, kvm: Kvm, memory: GuestMemory) -> None:
+    def __init__(self, kvm: Kvm, memory: GuestMemory, blank: BlankVm | None = None) -> None:
         self.kvm = kvm
         self.memory = memory
         self.c_fd = ffi.new("int *", -1)
@@ -53,49 +51,41 @@ class Vm:
         self._next_slot = len(memory.regions)
         #: For traces: a ``kvm.recorder.Scope`` that gets ioeventfds, irqfds and routes, or None.
         self.recorder: Any = None
-        self._create()
+        self._set_up(blank or BlankVm(kvm))
 
-    def _create(self) -> None:
-        fd = Fd(ioctl(self.kvm.fileno(), "KVM_CREATE_VM"))
+    def _set_up(self, blank: BlankVm) -> None:
         try:
             for slot, r in enumerate(self.memory.regions):
                 region = ffi.new("struct kvm_userspace_memory_region *")
                 region.slot, region.guest_phys_addr = slot, r.gpa
                 region.memory_size, region.userspace_addr = r.size, r.host
                 try:
-                    ioctl(fd.fileno(), "KVM_SET_USER_MEMORY_REGION", region)
+                    ioctl(blank.fileno(), "KVM_SET_USER_MEMORY_REGION", region)
                 except HostError as e:  # too far up for its page tables, or too many pages
                     raise MemoryShort(
                         f"KVM does not take {self.memory.size >> 20} MiB of guest memory ({e})",
                         "lower --memory",
                     ) from e
-            ioctl(fd.fileno(), "KVM_SET_TSS_ADDR", KVM_TSS_BASE)
-            identity = ffi.new("uint64_t *", KVM_IDENTITY_MAP)
-            ioctl(fd.fileno(), "KVM_SET_IDENTITY_MAP_ADDR", identity)
-            ioctl(fd.fileno(), "KVM_CREATE_IRQCHIP")
-            error = lib.pv_pic_set_up(fd.fileno(), sum(1 << line for line in PIC_PCI_LINES))
-            if error:
-                raise HostError(f"cannot set up the 8259s: {os.strerror(-error)}")
-            pit = ffi.new("struct kvm_pit_config *")
-            # KVM answers port 0x61, too, through which Linux calibrates the TSC.
-            pit.flags = lib.KVM_PIT_SPEAKER_DUMMY
-            ioctl(fd.fileno(), "KVM_CREATE_PIT2", pit)
-            if self.kvm.extension("KVM_CAP_REINJECT_CONTROL"):
-                # To repeat lost ticks, KVM watches each EOI, and on AMD hosts does without AVIC.
-                ioctl(fd.fileno(), "KVM_REINJECT_CONTROL", ffi.new("struct kvm_reinject_control *"))
         except BaseException:
-            fd.close()
+            blank.close()
             raise
-        self._fd = fd
-        self.c_fd[0] = fd.fileno()
-        self._commit_routes()
+        self._fd = blank
+        self.c_fd[0] = blank.fileno()
+
+    def settle(self) -> None:
+        """As ``BlankVm.settle``. The owner calls this before a guest runs.
+
+        :raises HostError: KVM refuses.
+        """
+        self._fd.settle()
 
     def fileno(self) -> int:
         """The VM's descriptor."""
         return self._fd.fileno()
 
     def recreate(self, *, keep_clock: bool = False) -> None:
-        """Replace the VM by a new one with the same memory, for a machine reset.
+        """Replace the VM by a new one with the same memory, for a machine reset. ``settle`` is to
+        follow.
 
         :param keep_clock: kvm-clock goes on, for a guest that was asleep. Else it begins at 0.
 
@@ -109,7 +99,7 @@ class Vm:
             ioctl(self.fileno(), "KVM_GET_CLOCK", clock)
         self.close()
         self._msi.clear()
-        self._create()
+        self._set_up(BlankVm(self.kvm))
         if keep_clock:
             clock.flags = 0
             ioctl(self.fileno(), "KVM_SET_CLOCK", clock)
@@ -134,31 +124,7 @@ class Vm:
     # --- interrupts -------------------------------------------------------------------------------
 
     def _commit_routes(self) -> None:
-        routes: list[tuple[int, int, int, int, int]] = []
-        for pin in range(8):
-            routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_PIC_MASTER, pin, 0))
-            routes.append((pin + 8, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_PIC_SLAVE, pin, 0))
-        for pin in range(IOAPIC_PINS):
-            # As on every PC with an IO-APIC, the timer (line 0) is wired to pin 2. Line 2 is the
-            # cascade of the PICs and has no pin.
-            if pin != 2:
-                target = 2 if pin == 0 else pin
-                routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_IOAPIC, target, 0))
-        for slot, line in enumerate(PIC_PCI_LINES):
-            chip = lib.KVM_IRQCHIP_PIC_SLAVE if line > 7 else lib.KVM_IRQCHIP_PIC_MASTER
-            gsi = GSI_PCI_BASE + slot
-            routes.append((gsi, lib.KVM_IRQ_ROUTING_IRQCHIP, chip, line % 8, 0))
-        for gsi, (address, data) in self._msi.items():
-            routes.append((gsi, lib.KVM_IRQ_ROUTING_MSI, address & 0xFFFFFFFF, address >> 32, data))
-        table = ffi.new("struct kvm_irq_routing *", {"entries": len(routes)})
-        table.nr = len(routes)
-        for entry, (gsi, kind, a, b, c) in zip(table.entries[0 : len(routes)], routes, strict=True):
-            entry.gsi, entry.type = gsi, kind
-            if kind == lib.KVM_IRQ_ROUTING_MSI:
-                entry.u.msi.address_lo, entry.u.msi.address_hi, entry.u.msi.data = a, b, c
-            else:
-                entry.u.irqchip.irqchip, entry.u.irqchip.pin = a, b
-        ioctl(self.fileno(), "KVM_SET_GSI_ROUTING", table)
+        set_routes(self.fileno(), self._msi)
 
     def _record(self, name: str, begin: int, args: dict[str, object]) -> None:
         if self.recorder is not None:

@@ -17,6 +17,8 @@ import pytest
 from pyvmm._ext import lib
 from pyvmm.boot import BootState
 from pyvmm.bus import Bus
+from pyvmm.errors import HostError
+from pyvmm.kvm.ahead import Ahead
 from pyvmm.kvm.vcpu import STOP_ERROR, Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.pci import gsi_of, line_of
@@ -26,8 +28,8 @@ from pyvmm.vcpus import abnormal
 Guest = Callable[[str], str]
 KVM_GET_IRQCHIP = 0xC208AE62  # linux/kvm.h: _IOWR(KVMIO, 0x62, struct kvm_irqchip)
 
-#: Interrupts the first INTERRUPTIONS calls of each of KVM's and vhost's ioctls but KVM_RUN, and
-#: notes the requests in the file SEEN.
+#: Interrupts the first INTERRUPTIONS calls of each of KVM's and vhost's ioctls but KVM_RUN, or of
+#: KVM's request number ONLY, and notes the requests in the file SEEN.
 PRELOAD = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -56,6 +58,10 @@ int ioctl(int fd, unsigned long request, ...)
 			fprintf(f, "%x\n", (unsigned int)request);
 			fclose(f);
 		}
+		const char *only = getenv("ONLY");
+
+		if (only && number != (unsigned int)atoi(only))
+			return next(fd, request, arg);
 		if (calls[type & 1][number]++ < atoi(getenv("INTERRUPTIONS"))) {
 			errno = EINTR;
 			return -1;
@@ -78,12 +84,14 @@ def preload(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def interrupted(
-    preload: str, seen: Path, times: int, kernel: str, append: str = ""
+    preload: str, seen: Path, times: int, kernel: str, append: str = "", only: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     # The library writes a file, which a confined process may not.
     argv = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--sandbox", "off"]
     argv += ["--qmp", "none"]
     env = {"LD_PRELOAD": preload, "SEEN": str(seen), "INTERRUPTIONS": str(times)}
+    if only is not None:
+        env["ONLY"] = str(only & 255)
     return subprocess.run(
         [*argv, "--kernel", kernel, "--net", "emulated", "--append", append],
         env=os.environ | env,
@@ -112,6 +120,23 @@ def test_a_call_that_is_always_interrupted_fails(
     done = interrupted(preload, tmp_path / "seen", 1000, guest("hello"))
     assert done.returncode == 104 and "Interrupted system call" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_call_of_a_thread_that_fails_ends_the_run(
+    preload: str, guest: Guest, tmp_path: Path
+) -> None:
+    """The main thread makes the machine meanwhile, and starts no guest."""
+    request = lib.KVM_REINJECT_CONTROL
+    done = interrupted(preload, tmp_path / "seen", 1000, guest("hello"), only=request)
+    assert done.returncode == HostError.exit_code and not done.stdout
+    assert "KVM_REINJECT_CONTROL failed: Interrupted system call" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_vm_that_no_machine_takes_is_released() -> None:
+    """Also if KVM is still at work on it; see ``nothing_left_behind``."""
+    with Ahead():
+        pass
 
 
 # --- the VM as firmware leaves it, and memory that is not there -----------------------------------

@@ -24,9 +24,9 @@ MODULES = """
     cli.support.plain cli.support.settings cli.support.signals cli.support.swallowed
     cli.support.terminal control control.registry devices devices.console devices.guest_port
     devices.hotplug devices.legacy devices.rtc errors exits exits.accounts exits.snapshot fd helper
-    host host.limits host.paths hostnet hostnet.rights hostnet.sockets kvm kvm.cpuid kvm.stats
-    kvm.vcpu kvm.vm machine macs memory outcome panics pci plugs programs sandbox spec spec.acpi
-    spec.linux_boot spec.pci spec.platform threads vcpus _ext
+    host host.limits host.paths hostnet hostnet.rights hostnet.sockets kvm kvm.ahead kvm.cpuid
+    kvm.stats kvm.vcpu kvm.vm machine macs memory outcome panics pci plugs programs sandbox spec
+    spec.acpi spec.linux_boot spec.pci spec.platform threads vcpus _ext
 """
 #: Of the standard library, these take longest, and others that they need.
 SLOW = {"argparse", "array", "dataclasses", "enum", "gettext", "importlib", "inspect"}
