@@ -15,7 +15,8 @@ Examples:
 
 Exit status: 0 every message was answered and none refused, or no item failed; 1 a message was
 refused, an item failed, or the back-end has gone before the end; 101 a result could not be written;
-112 no connection, a broken protocol, or no answer.
+112 no connection, a broken protocol, or no answer; 130, 143, 129 check was ended by SIGINT,
+SIGTERM, SIGHUP.
 """
 
 from __future__ import annotations
@@ -72,12 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Probe or check, and print."""
     if args.action == "check":
-        with Outputs({"--junit": args.junit}) as outputs:
-            return outputs.status(_check(args, outputs))
+        from pyvmm.cli.support.signals import orderly
+
+        # A back-end of --respawn is to end with this command.
+        return orderly(lambda: _check_and_write(args))
     for option in ("junit", "queues", "server", "respawn", "peer"):
         if getattr(args, option) not in (None, False, ""):
             raise UsageError(f"--{option} with probe", "it is for check")
     return _probe(args)
+
+
+def _check_and_write(args: argparse.Namespace) -> int:
+    with Outputs({"--junit": args.junit}) as outputs:
+        return outputs.status(_check(args, outputs))
 
 
 def _check(args: argparse.Namespace, outputs: Outputs) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class Subject(Connector):
         self.crashes: list[str] = []
         self._one_session = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._starter: threading.Thread | None = None
+        self._error: OSError | None = None
         self._inner = (ListeningConnector if server else Connector)(path, peer)
 
     def connect(self, seconds: float | None, end: int) -> Channel:
@@ -109,6 +112,17 @@ class Subject(Connector):
             return
         if not self.server and sockets.is_abandoned(self.name):
             Path(self.name).unlink()  # the one before was killed; not every back-end replaces it
+        self._error = None
+        # A signal raises an exception in the main thread: there, it could come when the process
+        # has been started and nobody knows of that yet.
+        self._starter = threading.Thread(target=self._spawn)
+        self._starter.start()
+        self._starter.join()
+        if self._error is not None:
+            text = f"cannot start {self.command}: {self._error.strerror}"
+            raise HostError(text) from self._error
+
+    def _spawn(self) -> None:
         try:
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", self.command],
@@ -117,13 +131,15 @@ class Subject(Connector):
                 start_new_session=True,
             )
         except OSError as e:
-            raise HostError(f"cannot start {self.command}: {e.strerror}") from e
+            self._error = e
 
     def close(self) -> None:
         """Nothing: see ``end``."""
 
     def end(self) -> None:
         """End the process that we started, and stop listening."""
+        if self._starter is not None and self._starter.ident is not None:
+            self._starter.join()
         process, self._process = self._process, None
         if process is not None:
             for how in (signal.SIGTERM, signal.SIGKILL):

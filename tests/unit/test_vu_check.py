@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -194,6 +196,20 @@ def test_one_that_is_started_again(path: str, one_session: list[str]) -> None:
     assert "next head 65535: no chain of ours" in items["malformed ring"]["rings"][1]
     assert results.pop("queue pairs") == "skipped"
     assert set(results.values()) == {"passed"}, items
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_back_end_too(path: str, tmp_path: Path, number: int) -> None:
+    seen = tmp_path / "seen"
+    command = f"echo $$ >{seen}; exec sleep {PATIENCE}"
+    argv = [*CHECK, "--timeout", str(PATIENCE), "--respawn", command, path]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as check:
+        assert wait_for(lambda: seen.exists() and seen.read_text().endswith("\n"), PATIENCE)
+        check.send_signal(number)
+        out, err = check.communicate(timeout=PATIENCE)
+    assert (check.returncode, out, err) == (128 + number, b"", b"")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(seen.read_text()), 0)
 
 
 def test_one_that_connects(path: str) -> None:
