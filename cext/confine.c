@@ -571,6 +571,18 @@ int pv_follow_parent(int32_t parent)
 }
 
 /**
+ * pv_adopt_orphans() - Have processes below this one whose parent ends become its children
+ *
+ * Processes that it forks later do not adopt any themselves.
+ *
+ * Return: 0; -errno
+ */
+int pv_adopt_orphans(void)
+{
+	return prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) ? -errno : 0;
+}
+
+/**
  * pv_become_user() - Be another user, for good, and leave this process nothing of what root has
  * @uid:	Not 0
  * @gid:	The user's only group

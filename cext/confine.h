@@ -37,6 +37,7 @@ enum pv_confined { PV_CONFINED_FILES = 1, PV_CONFINED_CALLS = 2 };
 int pv_confine_process(const uint32_t *ioctls, size_t count);
 int pv_confine_network(const char *readable);
 int pv_follow_parent(int32_t parent);
+int pv_adopt_orphans(void);
 int pv_become_user(uint32_t uid, uint32_t gid);
 int pv_be_seen(bool seen);
 int pv_enter_root(const char *root);

@@ -19,7 +19,8 @@ The starter and the processes of jobs hide what they have from others of their u
 other (``pv_be_seen``).
 
 The kernel kills the processes when the starter ends. The starter ends with this process, whose end
-of the socket it watches.
+of the socket it watches. What a job has started, such as a helper or a back-end, ends by itself
+when it finds the job gone. The starter adopts it then, and at the end waits for it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import select
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 
 from pyvmm import helper
 from pyvmm._ext import lib
@@ -56,6 +58,8 @@ SAID_MAX = 1 << 16
 PIECE, PIPE_MAX = 1 << 16, 1 << 20
 #: Seconds that a process has at least for its end once somebody reads what it sends again.
 GRACE = 10.0
+#: Seconds that what jobs have started has for its end, before it is killed.
+PARTING = 20.0
 #: What a system call answers if there may be room once another process has ended.
 SCARCE = (
     *(errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS),
@@ -358,6 +362,7 @@ def _be_starter(channel: _socket.socket, body: Body, name: bytes) -> NoReturn:
         helper.withdraw(b"pyvmm-starter")
         gc.freeze()  # to look at what is here by now would part the pages that processes share
         lib.pv_be_seen(False)  # nor its children
+        lib.pv_adopt_orphans()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it has no statuses
         close_all_but((channel.fileno(),))
         _Starter(channel, body, name).serve()
@@ -392,6 +397,7 @@ class _Starter:
                 os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is its own
             for _, pid in self._children.values():
                 os.waitpid(pid, 0)
+            _wait_for_orphans()
 
     def _asked(self) -> bool:
         """Do what the next message says; False at the end."""
@@ -459,7 +465,50 @@ class _Starter:
         os.close(child)
         job, pid = self._children.pop(child)
         _, status = os.waitpid(pid, 0)
+        self._bury()
         self._tell("ended", job, os.waitstatus_to_exitcode(status))
+
+    def _bury(self) -> None:
+        """Let go of what jobs have started and has ended, but of no job: its own event comes."""
+        jobs = [pid for _, pid in self._children.values()]
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None or found.si_pid in jobs:
+                return
+            os.waitpid(found.si_pid, 0)
 
     def _tell(self, what: str, job: int, number: int) -> None:
         send_fds(self._channel, f"{what} {job} {number}".encode())
+
+
+def _wait_for_orphans() -> None:
+    """Wait for the children of this process, which have nobody left to work for."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
+    until = time.monotonic() + PARTING
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        left = until - time.monotonic()
+        if not pid and left > 0:
+            signal.sigtimedwait((signal.SIGCHLD,), left)
+        elif not pid:
+            for child in _children():
+                os.kill(child, signal.SIGKILL)
+            signal.sigtimedwait((signal.SIGCHLD,), 1)
+
+
+def _children() -> list[int]:
+    """The children of this process."""
+    found, me = [], str(os.getpid()).encode()
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if entry.name.isdecimal():
+                with suppress(OSError), open(f"{entry.path}/stat", "rb") as f:
+                    if f.read().rpartition(b")")[2].split()[1] == me:
+                        found.append(int(entry.name))
+    return found

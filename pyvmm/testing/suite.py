@@ -9,25 +9,23 @@ not ended some time after it, it is killed. ``stop`` ends the present runs and s
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections import deque
 
 from pyvmm import helper
-from pyvmm.apart import Apart, Ended, Scarce
-from pyvmm.errors import HostError, ImageError, PyvmmError, ThreadStopped, UsageError
+from pyvmm.apart import Apart, Ended
+from pyvmm.errors import ImageError, UsageError
 from pyvmm.fd import Closing
 from pyvmm.machine import Machine
 from pyvmm.sandbox import longest, outlook
-from pyvmm.testing import answer, points
-from pyvmm.testing.answer import Answer, BadAnswer
+from pyvmm.testing import answer, job, points
+from pyvmm.testing.answer import Answer
 from pyvmm.testing.judge import entry_lines, state_lines
-from pyvmm.testing.verdict import Verdict, judge_test, last_lines, of_error
-from pyvmm.threads import NoThread
+from pyvmm.testing.verdict import Verdict, judge_test
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pyvmm.apart import Send
 
@@ -42,11 +40,6 @@ MODULES = (
     *(f"pyvmm.exits.{name}" for name in ("ledger", "phases", "report")),
     "pyvmm.spec.fw_cfg",
 )
-#: In messages.
-OURS = "pyvmm's process for it"
-REPORT_IT = "report it: the kernel may have been in control of the process"
-#: How the handler of a stopped thread begins its line (``cext/confine.c``).
-OF_US, STOPPED = "pyvmm: ", "pyvmm: a thread of pyvmm's was stopped: "
 
 
 class Case:
@@ -194,59 +187,41 @@ class Suite(Closing):
     def _result(self, ended: Ended) -> Result:
         """The result of a process that has ended. Nothing that it has sent is to be trusted."""
         case = self._cases[ended.job]
-        said = [answer.line(text) for text in last_lines(ended.said)]
-        found = None
-        verdict = _death(case, ended, said)
-        if verdict is None:
-            try:
-                found = answer.decode(ended.data)
-                verdict = found.verdict
-            except BadAnswer as e:
-                what = f"{OURS} has sent {e} in the place of a result"
-                verdict = Verdict("host-problem", f"{what}; {REPORT_IT}")
-        verdict.details += said
-        result = Result(case, verdict)
+        found = job.read(ended, case.timeout)
+        result = Result(case, found.verdict)
         result.seconds = ended.seconds
-        if found is not None:
-            result.console, result.points, result.report = found.console, found.points, found.report
+        result.console, result.points, result.report = found.console, found.points, found.report
         return result
 
     # --- in the process of a kernel ---------------------------------------------------------------
 
     def _boot(self, number: int, send: Send) -> None:
         """Run a case, and send the answer."""
-        case, made = self._cases[number], False
+        case = self._cases[number]
         helper.do_without()
-        try:
-            with Machine(
-                case.kernel,
-                initrd=case.initrd,
-                append=case.append,
-                cpus=case.cpus,
-                memory=case.memory,
-                load_address=case.load_address,
-                load_mode=case.load_mode,
-                test_devices=True,
-                hang_timeout=case.hang_timeout,
-                cpu=case.cpu,
-                sandbox=self._want,
-            ) as machine:
-                machine.confine()
-                send(answer.MADE)
-                made = True
-                found = _attend(case, machine)
-        except (ImageError, UsageError) as e:  # the fault is in this kernel, not in the host
-            found = Answer(Verdict("error", str(e)))
-        except PyvmmError as e:
-            if type(e).__name__ in answer.FATAL and not made:
-                send(answer.encode_error(e))
-                return
-            found = Answer(of_error(e))
-        except NoThread as e:
-            why = HostError("there can be no thread for this kernel", "raise the limit: ulimit -u")
-            send(Answer(of_error(why)).encode())
-            raise Scarce from e
-        send(found.encode())
+
+        def body(made: Callable[[], None]) -> Answer:
+            try:
+                with Machine(
+                    case.kernel,
+                    initrd=case.initrd,
+                    append=case.append,
+                    cpus=case.cpus,
+                    memory=case.memory,
+                    load_address=case.load_address,
+                    load_mode=case.load_mode,
+                    test_devices=True,
+                    hang_timeout=case.hang_timeout,
+                    cpu=case.cpu,
+                    sandbox=self._want,
+                ) as machine:
+                    machine.confine()
+                    made()
+                    return _attend(case, machine)
+            except (ImageError, UsageError) as e:  # the fault is in this kernel, not in the host
+                return Answer(Verdict("error", str(e)))
+
+        job.work(send, body)
 
 
 def _attend(case: Case, machine: Machine) -> Answer:
@@ -272,34 +247,3 @@ def _attend(case: Case, machine: Machine) -> Answer:
     with lock:
         console = bytes(said)
     return Answer(verdict, console=console, points=points.parse(console), report=machine.report())
-
-
-def _death(case: Case, ended: Ended, said: list[str]) -> Verdict | None:
-    """The verdict if the process of a kernel has not ended by itself and in order; else None.
-
-    :param said: the end of what it has written to standard error.
-    """
-    if ended.problem:
-        return Verdict("host-problem", f"there can be no process for this kernel: {ended.problem}")
-    if ended.late:
-        over = f"the kernel did not end in {case.timeout:g} s"
-        return Verdict("timeout", f"{over}, and {OURS} had to be killed")
-    if ended.flood:
-        most = answer.ANSWER_MAX >> 20
-        return Verdict("host-problem", f"{OURS} has sent more than {most} MiB; {REPORT_IT}")
-    if ended.status in (ThreadStopped.exit_code, -signal.SIGSYS):
-        told = [text for text in said if text.startswith(STOPPED)]
-        if told:
-            said.remove(told[-1])
-            return Verdict("thread-stopped", told[-1].removeprefix(OF_US))
-        return Verdict("thread-stopped", "a thread of pyvmm's was stopped, and its process killed")
-    if ended.status < 0:
-        try:
-            name = signal.Signals(-ended.status).name
-        except ValueError:  # of real time
-            name = f"signal {-ended.status}"
-        hint = "; the host's memory may have run out" if name == "SIGKILL" else ""
-        return Verdict("host-problem", f"{OURS} was killed ({name}){hint}")
-    if ended.status and not ended.scarce:
-        return Verdict("host-problem", f"{OURS} has failed, with status {ended.status}")
-    return None

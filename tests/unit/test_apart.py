@@ -523,3 +523,65 @@ def test_a_caller_that_is_killed() -> None:
         processes = [starter, *map(int, children.read_text().split())]
         caller.kill()
     assert wait_for(lambda: gone(processes))
+
+
+def test_what_a_job_has_started_ends_too(tmp_path: Path) -> None:
+    """Before ``close`` returns: whatever ends by itself once the job has gone, and whatever does
+    not.
+    """
+    note = tmp_path / "pids"
+
+    def body(job: int, send: Send) -> None:
+        ours, theirs = os.pipe()
+        for stubborn in (False, True):
+            if not os.fork():
+                os.close(theirs)
+                with note.open("a") as f:
+                    f.write(f"{os.getpid()}\n")
+                os.read(ours, 1)  # until the job has ended
+                while stubborn:
+                    signal.pause()
+                time.sleep(0.2)
+                os._exit(0)
+        while note.read_text().count("\n") < 2:
+            time.sleep(0.01)
+        send(b"x")
+        forever()
+
+    note.write_text("")
+    before = apart.PARTING
+    apart.PARTING = 1.0
+    try:
+        with Apart(body, most=MOST, name=b"apart") as jobs:
+            jobs.start(0, LONG)
+            assert wait_for(lambda: unread(jobs) == 1)
+    finally:
+        apart.PARTING = before
+    pids = note.read_text().split()
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def lives(pid: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return state(int(pid)) != "Z"
+    return False
+
+
+def test_orphans_do_not_pile_up() -> None:
+    """Of jobs that have ended before: their children, too, are waited for."""
+
+    def body(job: int, send: Send) -> None:
+        ours, theirs = os.pipe()
+        if not os.fork():
+            os.close(theirs)
+            os.read(ours, 1)
+            os._exit(0)
+
+    with Apart(body, most=MOST, name=b"apart") as jobs:
+        starter = Path(f"/proc/{jobs._pid}/task/{jobs._pid}/children")
+        for job in range(5):
+            jobs.start(job, LONG)
+            assert jobs.wait() is not None
+            children = starter.read_text().split()
+            assert len(children) <= 1, "those of the jobs before are gone"
+            assert wait_for(lambda: not any(lives(pid) for pid in children))  # noqa: B023
