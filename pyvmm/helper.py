@@ -78,6 +78,7 @@ OPERATIONS = {
     "vdpa": "pyvmm.datapath.vdpa_device:open_described",
     "vduse": "pyvmm.backend.vduse:remove_described",
     "traffic": "pyvmm.hostnet.traffic:control",
+    "tool": "pyvmm.hostnet.tools:operate",
 }
 #: Operations whose first word has to be permitted; and so has ``start``, see ``MODULES``.
 NAMED = ("connect", "listen", "remove", "tap", "macvtap", "open")
@@ -88,6 +89,7 @@ NEEDS = {
     "vdpa": "pyvmm.backend.vduse:needs",
     "vduse": "pyvmm.backend.vduse:needs_to_remove",
     "traffic": "pyvmm.hostnet.traffic:needs",
+    "tool": "pyvmm.hostnet.tools:needs",
 }
 
 
@@ -564,6 +566,8 @@ def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
                 words_for = {
                     "setting": f"a change of {rest[0]}",
                     "packets": f"tap {rest[0]}",
+                    "tool": f"the tool {rest[0]}",
+                    "place": f"{rest[0]} in a namespace of somebody else's",
                     "traffic": f"traffic control of {rest[0]}",
                     "vdpa": f"device={rest[0]}",
                     "vduse": "a vDPA device of pyvmm's",

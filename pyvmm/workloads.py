@@ -1,32 +1,26 @@
-"""Load for a guest's network card: ping and iperf3 on the host's side, and what they report.
+"""Load for a guest's network card: ping, iperf3 and a check of an echo on the host's side, and what
+they report.
 
 ``pyvmm compare``, ``pyvmm matrix`` and ``pyvmm demo`` run them in the network namespace at the
-other end of the card; the guest has an iperf3 server where one is needed.
+other end of the card (``hostnet.tools``); the guest has a server where one is needed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import threading
 import time
 
 from pyvmm.errors import HostError
-from pyvmm.programs import program
+from pyvmm.hostnet import tools
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
     from pyvmm.hostnet.netns import Namespace
 
-REMEDY = "install iputils-ping, iperf3 and util-linux"
-CANNOT_RUN = (126, 127)  # the status of nsenter if it cannot execute the command
-CONNECT_MS = 3000  # for iperf3's client to reach its server
+REMEDY = "install iputils-ping and iperf3"
 PAUSE = 0.3  # seconds between two attempts to reach a server that does not listen yet
 
 
@@ -34,66 +28,50 @@ class ToolFailed(HostError):
     """A tool ran and failed, did not end in time, or reported nothing that could be understood."""
 
 
-def run_tool(space: Namespace, argv: Sequence[str], timeout: float) -> str:
-    """Run a command in a namespace; what it printed. It is ended if the caller is interrupted.
+def run_tool(space: Namespace, words: Sequence[str], timeout: float) -> str:
+    """Run a tool in a namespace; what it printed. It is ended if the caller is interrupted.
 
-    :param timeout: in seconds.
-    :raises ToolFailed: its exit status is not 0, or it did not end in time.
+    :param words: of ``tools.ping`` or ``tools.iperf3``. :param timeout: in seconds.
+    :raises ToolFailed: its exit status is not 0, it did not end in time, or it printed too much.
     :raises HostError: it cannot be run at all.
     """
-    missing = HostError(f"{argv[0]} cannot be run", REMEDY)
+    name = words[0]
     try:
-        child = space.popen(
-            [program(argv[0]), *argv[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C is for us
-        )
-    except FileNotFoundError as e:  # nsenter
-        raise missing from e
-    with child:
-        try:
-            text, _ = child.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired as e:
-            raise ToolFailed(f"{argv[0]} did not end within {timeout:g} s") from e
-        finally:
-            terminate(child)
-    if child.returncode in CANNOT_RUN:
-        raise missing
-    if child.returncode:
-        raise ToolFailed(f"{argv[0]} failed: {reason(text)}")
-    return str(text)
-
-
-def terminate(child: subprocess.Popen[Any]) -> None:
-    """End a child process of ours, if it has not ended yet."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(5)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        end = tools.run(space, words, timeout)
+    except FileNotFoundError as e:
+        raise HostError(f"{name} cannot be run", REMEDY) from e
+    if end.how == tools.LATE:
+        raise ToolFailed(f"{name} did not end within {timeout:g} s")
+    if end.how == tools.FLOOD:
+        raise ToolFailed(f"{name} has printed more than {tools.OUTPUT_MAX >> 20} MiB")
+    if end.status == tools.CANNOT_RUN:
+        raise HostError(f"{name} cannot be run", REMEDY)
+    if end.status:
+        raise ToolFailed(f"{name} failed: {reason(end.text)}")
+    return end.text
 
 
 def tcp_mbit(
-    space: Namespace, server: str, seconds: float, *options: str, attempts: int, timeout: float
+    space: Namespace,
+    server: str,
+    seconds: float,
+    *,
+    port: int = 5201,
+    reverse: bool = False,
+    attempts: int,
+    timeout: float,
 ) -> float:
     """Mbit/s of one TCP stream from the namespace to ``server``, as its receiver counted.
 
-    :param options: of iperf3, such as ``-R`` for a stream from the server.
+    :param reverse: a stream from the server.
     :param attempts: times to try, because a server in the guest needs a moment until it listens.
     :param timeout: seconds for each attempt.
     :raises HostError: as of ``run_tool``, for the last attempt.
     """
-    argv = ["iperf3", "-c", server, "-t", f"{seconds:g}", "--json", *options]
-    argv += ["--connect-timeout", str(CONNECT_MS)]
+    words = tools.iperf3(server, port, seconds, reverse=reverse)
     for left in reversed(range(attempts)):
         try:
-            return received_mbit(run_tool(space, argv, timeout))
+            return received_mbit(run_tool(space, words, timeout))
         except ToolFailed:
             if not left:
                 raise
@@ -108,43 +86,9 @@ def check_echo(space: Namespace, server: tuple[str, int], count: int, timeout: f
         yet.
     :raises ToolFailed: another byte came back, or not all of them in time.
     """
-    end = time.monotonic() + timeout
-    while True:
-        s = space.socket(socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            s.settimeout(max(0.1, end - time.monotonic()))
-            s.connect(server)
-            break
-        except OSError as e:
-            s.close()
-            if time.monotonic() > end:
-                raise ToolFailed(f"the guest's echo cannot be reached: {e}") from e
-            time.sleep(PAUSE)
-    sent, got = os.urandom(count), bytearray()
-    with s:
-        sender = threading.Thread(target=_send, args=(s, sent), daemon=True)
-        sender.start()
-        try:
-            while len(got) < count:
-                s.settimeout(max(0.1, end - time.monotonic()))
-                part = s.recv(1 << 16)
-                if not part:
-                    break
-                got += part
-        except OSError as e:
-            raise ToolFailed(f"{len(got)} of {count} bytes came back: {e}") from e
-    if got != sent:
-        wrong = next((i for i, (a, b) in enumerate(zip(got, sent, strict=False)) if a != b), None)
-        what = f"{len(got)} of {count} bytes" if wrong is None else f"another byte {wrong}"
-        raise ToolFailed(f"{what} came back from the guest's echo")
-
-
-def _send(s: socket.socket, data: bytes) -> None:
-    try:
-        s.sendall(data)
-        s.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # the receiver tells
+    end = tools.run(space, tools.echo(*server, count), timeout)
+    if end.how != tools.ENDED:
+        raise ToolFailed(end.text or f"the guest's echo did not end within {timeout:g} s")
 
 
 def reason(text: str) -> str:

@@ -4,14 +4,15 @@ both ways, exits.
 Example:
   pyvmm demo --cpus 2
 
-Exit status: 0; as of pyvmm run if the guest cannot run, or ends early.
+Exit status: 0; as of pyvmm run if the guest cannot run, or ends early; 132 --sandbox on is
+impossible.
 """
 
 from __future__ import annotations
 
 import time
 
-from pyvmm.cli.support.options import add_host
+from pyvmm.cli.support.options import add_host, add_sandbox
 from pyvmm.errors import GuestEnded, GuestTimeout, UsageError
 
 TYPE_CHECKING = False
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--net", metavar="MODE", default="emulated", help="as in `pyvmm run` (emulated)"
     )
+    add_sandbox(parser, "this process before the guest runs")
     add_host(parser, "where to run (auto)")
 
 
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.cli.support.hostchoice import elsewhere
 
     argv = ["demo", "--host", "local", "--cpus", str(args.cpus), "--net", args.net]
+    argv += ["--sandbox", args.sandbox]
     vhost = args.net.partition(",")[0] == "vhost-net"
     vdpa = args.net.partition(",")[0] == "vhost-vdpa"
     status = elsewhere(args.host, None, argv, vhost=vhost, vdpa=vdpa)
@@ -79,6 +82,7 @@ class Story:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from pyvmm.hostnet import tools
     from pyvmm.images import CMDLINE, find
     from pyvmm.machine import Machine
     from pyvmm.netopt import Net
@@ -102,8 +106,12 @@ def _demo(args: argparse.Namespace) -> int:
         cpus=args.cpus,
         nets=[net],
         command=["sh", "-c", script],
+        sandbox=args.sandbox,
     ) as machine:
         nic = machine.nets[0]
+        tools.permit()
+        machine.confine()
+        story.lines(f"sandbox: {machine.sandbox}")
         machine.start()
         _stage(machine, "device", story)
         device = _stage(machine, "ping", story)
@@ -168,17 +176,18 @@ def _negotiation(story: Story, nic: Nic) -> None:
 
 
 def _from_host(story: Story, nic: Nic) -> None:
+    from pyvmm.hostnet import tools
     from pyvmm.workloads import run_tool
 
     assert nic.guest is not None
     guest = nic.guest.partition("/")[0]
     story.head("ping: host to guest")
-    story.lines(run_tool(nic.namespace, ["ping", "-q", "-c", "5", "-i", "0.2", guest], 60))
-    ways: list[tuple[str, list[str]]] = [("TCP: host to guest", []), ("TCP: guest to host", ["-R"])]
-    for port, (title, extra) in zip(PORTS, ways, strict=True):
+    story.lines(run_tool(nic.namespace, tools.ping(guest, 5, 0.2), 60))
+    ways = (("TCP: host to guest", False), ("TCP: guest to host", True))
+    for port, (title, reverse) in zip(PORTS, ways, strict=True):
         story.head(title)
-        argv = ["iperf3", "-c", guest, "-p", port, "-t", "2", "-f", "m", *extra]
-        text = run_tool(nic.namespace, argv, 60)
+        words = tools.iperf3(guest, int(port), 2, reverse=reverse, json=False)
+        text = run_tool(nic.namespace, words, 60)
         story.lines(
             "\n".join(line for line in text.splitlines() if "sender" in line or "receiver" in line)
         )

@@ -29,8 +29,8 @@ Examples:
   pyvmm matrix --kernels old/bzImage,new/bzImage --modes vhost-user --junit m.xml -- ethtool -k eth0
 
 Exit status: 0 all cells passed, 1 some did not, 2 bad usage, 101 a result could not be written,
-102..104 no usable KVM, 105 a kernel or image is missing, 110 the testbed failed, 130, 143, 129
-ended by SIGINT, SIGTERM, SIGHUP.
+102..104 no usable KVM, 105 a kernel or image is missing, 110 the testbed failed, 132 --sandbox on
+is impossible, 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from pyvmm.cli.support.options import (
     SHARD_HELP,
     TROUBLE_KINDS,
     add_host,
+    add_sandbox,
     count,
     cpu_model,
     part_of,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-    from pyvmm.matrix.run import Cell, Settings
+    from pyvmm.matrix.run import Cell, Settings, Sweep
     from pyvmm.matrix.store import Store
 
 COLUMNS = (
@@ -143,6 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="take the cells that --json FILE has, run the others")
     add("--junit", metavar="FILE", help="write JUnit XML, one test case per cell")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
+    add_sandbox(parser, "the process of each cell before its guest runs")
     add_host(parser, "where to run (auto)")
     add(
         "guest_command",
@@ -156,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the cells there."""
     from pyvmm.cli.support.hostchoice import elsewhere
     from pyvmm.cli.support.signals import orderly
-    from pyvmm.matrix.run import Settings, check_added, check_kernels, combine
+    from pyvmm.matrix.run import Settings, Sweep, check_added, check_kernels, combine
 
     if args.merge:
         return orderly(lambda: _merge(args))
@@ -187,7 +189,11 @@ def run(args: argparse.Namespace) -> int:
     vdpa = any(cell.mode.partition(":")[0] == "vhost-vdpa" for cell in cells)
     argv = ["matrix", "--host", "local", *args.argv[at:]]
     status = elsewhere(host, None, argv, vhost=vhost, vdpa=vdpa)
-    return orderly(lambda: _sweep(args, cells, settings)) if status is None else status
+    if status is not None:
+        return status
+    # The sweep comes first: `orderly` starts a thread.
+    with Sweep(cells, settings, sandbox=args.sandbox) as sweep:
+        return orderly(lambda: _sweep(args, cells, settings, sweep))
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -233,7 +239,7 @@ def _is_linux(kernel: str) -> bool:
         return False  # the kernel's verdict will report it
 
 
-def _sweep(args: argparse.Namespace, cells: list[Cell], settings: Settings) -> int:
+def _sweep(args: argparse.Namespace, cells: list[Cell], settings: Settings, sweep: Sweep) -> int:
     """Run the cells here; returns the exit status."""
     from pyvmm.matrix.run import check_added, check_kernels
     from pyvmm.matrix.store import Store
@@ -246,20 +252,19 @@ def _sweep(args: argparse.Namespace, cells: list[Cell], settings: Settings) -> i
         check_kernels(cells)
         check_added(settings)
         store.begin()
-        return outputs.status(_run_cells(args, cells, settings, store, outputs))
+        return outputs.status(_run_cells(args, cells, sweep, store, outputs))
 
 
 def _run_cells(
     args: argparse.Namespace,
     cells: list[Cell],
-    settings: Settings,
+    sweep: Sweep,
     store: Store,
     outputs: Outputs,
 ) -> int:
     """Run one cell after another, and print its row; returns the exit status."""
     from pyvmm.cli.support.signals import Terminated
     from pyvmm.cli.support.verdicts import annotate
-    from pyvmm.matrix.run import boot
 
     table = _Table(cells, args)
     begin = time.monotonic()
@@ -273,7 +278,8 @@ def _run_cells(
                 if not args.quiet:
                     progress = f"pyvmm: [{number}/{len(cells)}] {cell.name}"
                     print(progress, file=sys.stderr, flush=True)
-                result = boot(cell, settings)
+                result = sweep.boot(cell)
+                assert result is not None  # the sweep is open
                 for note in result.get("notes", []):
                     if note not in told:
                         print(f"pyvmm: {note}", file=sys.stderr)
@@ -284,6 +290,7 @@ def _run_cells(
             store.add(cell, result)
             table.row(cell, result)
     except Terminated as e:
+        sweep.close()
         ended = 128 + e.number
         left = len(cells) - len(results)
         hint = "; go on with --resume" if args.json not in (None, STDOUT) else ""
@@ -364,7 +371,7 @@ class _Table:
 
 
 def _junit(cells: list[Cell], results: dict[str, dict[str, Any]], seconds: float) -> str:
-    from pyvmm.matrix.run import COUNTED
+    from pyvmm.matrix.facts import COUNTED
     from pyvmm.testing.junit import TestCase, document
 
     cases = []

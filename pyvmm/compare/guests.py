@@ -27,7 +27,6 @@ from pyvmm.machine import Machine
 from pyvmm.memory import parse_size
 from pyvmm.netopt import Net
 from pyvmm.virtio.features import names
-from pyvmm.workloads import terminate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -292,7 +291,7 @@ class PeerGuest:
         self._child = child
         assert child.stdout
         self._stack.callback(child.stdout.close)
-        self._stack.callback(terminate, child)
+        self._stack.callback(_terminate, child)
         fd = child.stdout.fileno()
         while READY.encode() not in self._said:
             left = BOOT_LIMIT - (time.monotonic() - start)
@@ -310,7 +309,7 @@ class PeerGuest:
         drain = threading.Thread(target=self._drain, args=(fd,), name="compare-drain", daemon=True)
         drain.start()
         self._stack.callback(drain.join, 5)  # after the child has ended, before its pipe is closed
-        self._stack.callback(terminate, child)
+        self._stack.callback(_terminate, child)
         try:
             self._kvm = counters.debugfs_dir(child.pid)
         except HostError as e:
@@ -378,3 +377,14 @@ class PeerGuest:
             "negotiated": names(bits),
             "notes": self._notes,
         }
+
+
+def _terminate(child: subprocess.Popen[Any]) -> None:
+    """End a child process of ours, if it has not ended yet."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(5)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

@@ -33,6 +33,7 @@ from pyvmm.errors import (
     VhostMissing,
     VhostUserError,
 )
+from pyvmm.hostnet import tools
 from pyvmm.memory import parse_size
 from pyvmm.testbed.testbed import emulated
 from pyvmm.workloads import ToolFailed, read_ping, read_udp, received_mbit, run_tool
@@ -151,7 +152,7 @@ class Comparison:
         interrupts of a new card to their CPU.
         """
         try:
-            self._tool(guest, ["ping", "-q", "-c", "10", "-i", "0.05", plan.GUEST])
+            self._tool(guest, tools.ping(plan.GUEST, 10, 0.05))
         except HostError as e:
             self._progress(f"  warming up: {e}")  # the workloads will report it, too
 
@@ -190,18 +191,18 @@ class Comparison:
             return ""
         if name == "ping":
             count = max(1, round(p.seconds / plan.PING_INTERVAL))
-            return self._tool(
-                guest, ["ping", "-q", "-c", str(count), "-i", str(plan.PING_INTERVAL), plan.GUEST]
-            )
-        argv = ["iperf3", "-c", plan.GUEST, "-p", p.port(name), "-J", "-t", f"{p.seconds:g}"]
-        if not name.endswith("-rx"):
-            argv.append("-R")
-        if name in plan.UDP:
-            argv += ["-u", "-l", str(plan.UDP_BYTES), "-b", str(plan.UDP[name])]
-        return self._tool(guest, argv)
+            return self._tool(guest, tools.ping(plan.GUEST, count, plan.PING_INTERVAL))
+        words = tools.iperf3(
+            plan.GUEST,
+            int(p.port(name)),
+            p.seconds,
+            reverse=not name.endswith("-rx"),
+            udp=(plan.UDP_BYTES, plan.UDP[name]) if name in plan.UDP else None,
+        )
+        return self._tool(guest, words)
 
-    def _tool(self, guest: Guest, argv: list[str]) -> str:
-        return run_tool(guest.space, argv, self._plan.seconds + TOOL_LIMIT)
+    def _tool(self, guest: Guest, words: list[str]) -> str:
+        return run_tool(guest.space, words, self._plan.seconds + TOOL_LIMIT)
 
     def document(self) -> dict[str, Any]:
         """The results so far, as docs/compare.md describes them."""

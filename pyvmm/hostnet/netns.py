@@ -266,7 +266,9 @@ class Namespace(Closing):
         link = Link(int(words[2]), fds.pop(0), fds.pop(0), mirrored=bool(lower))
         kind = macvtap.Macvtap if lower else Tap
         self.tap = kind.adopt(name, fds, int(words[1]), link)
-        helper.permit("packets", str(os.fstat(self.net.fileno()).st_ino))
+        number = str(os.fstat(self.net.fileno()).st_ino)
+        helper.permit("packets", number)
+        helper.permit("place", number)  # for tools
 
     def command(self, argv: Sequence[str] = ()) -> list[str]:
         """A command that runs ``argv`` inside. It works from any process of this user, for as long

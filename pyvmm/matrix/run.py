@@ -1,28 +1,31 @@
 """The cells of a matrix, and the run of one cell: a boot, ping, TCP both ways, a command, and the
 verdict.
+
+Theory of operation: each cell has a process of its own (``apart``), which makes the machine,
+confines itself (docs/sandbox.md), lets the guest run, and sends verdict and figures. The guest may
+take that process over: so what comes is checked (``matrix.facts``), and only this cell's.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from pyvmm.errors import (
-    CommandFailed,
-    ImageError,
-    KvmForbidden,
-    KvmMissing,
-    KvmUnsuitable,
-    PyvmmError,
-    UsageError,
-)
+from pyvmm.apart import Apart
+from pyvmm.errors import CommandFailed, ImageError, PyvmmError, UsageError
+from pyvmm.fd import Closing
+from pyvmm.hostnet import tools
 from pyvmm.images import NAMES, find, is_name
 from pyvmm.images.additions import Additions
+from pyvmm.matrix import facts
+from pyvmm.matrix.facts import CONSOLE_LINES, COUNTED, OUTPUT_MAX
 from pyvmm.netopt import GROUPS, HONOURED, ON_REQUEST, Net
 from pyvmm.outcome import Outcome
+from pyvmm.sandbox import longest, outlook
 from pyvmm.spec.platform import MAX_CPUS
+from pyvmm.testing import answer, job
+from pyvmm.testing.answer import Answer, BadAnswer
 from pyvmm.testing.console import Watch
 from pyvmm.testing.judge import judge
 from pyvmm.testing.verdict import Verdict, last_lines, of_error
@@ -32,20 +35,11 @@ from pyvmm.workloads import ToolFailed, check_echo, tcp_mbit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
-#: Figures of a cell, from the moment at which its guest is ready (docs/budgets.md).
-COUNTED = (
-    "user_exits",
-    "notify",
-    "kvm_exits",
-    "irq_injections",
-    "packets",
-    "bytes",
-    "kicks",
-    "interrupts",
-)
+    from pyvmm.apart import Send
+
 POWER_OFF_S = 20.0  # seconds for the guest's init to end the machine
 ATTEMPTS = 20  # attempts to reach the guest's iperf3 server, which needs a moment until it listens
 #: In ``--features pairs``, each of these with each of those.
@@ -54,8 +48,6 @@ OFFLOADS = ("no-offloads", "no-tso", "no-uso")
 ECHO_PORT = 7001
 ECHO_BYTES = 1 << 20
 TOOL_S = 30.0  # seconds for a tool beyond the time that it is told to run
-OUTPUT_MAX = 4000  # characters of a command's output that are kept
-CONSOLE_LINES = 30  # lines of the console that are kept of a cell that did not pass
 
 
 class Settings:
@@ -222,18 +214,68 @@ def check_added(settings: Settings) -> None:
 # --- one cell -------------------------------------------------------------------------------------
 
 
-def boot(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """Run one cell; returns its result for JSON (docs/matrix.md), whatever happens in the cell.
+class Sweep(Closing):
+    """Runs cells, one after another, each in a process of its own. A context manager: it has a
+    process from the beginning, which ``close`` ends.
 
-    :raises PyvmmError: this host cannot make any machine.
+    Make it before this process has threads, because it forks a process that needs none of them.
+
+    :param sandbox: ``auto``, ``on`` or ``off``: whether the process of each cell is confined
+        (docs/sandbox.md). This process never is.
+    :raises SandboxError: ``on``, and this host cannot confine a process.
+    :raises HostError: there can be no process.
     """
-    begin = time.monotonic()
-    result: dict[str, Any] = {**cell.as_dict(), "negotiated": []}
-    watch = Watch(settings.fail_on) if settings.fail_on else None
-    machine: TestMachine | None = None
-    with ExitStack() as stack:
+
+    def __init__(self, cells: Sequence[Cell], settings: Settings, *, sandbox: str = "auto") -> None:
+        self._cells, self._settings, self._want = list(cells), settings, sandbox
+        outlook(sandbox)
+        self._apart = Apart(self._boot, most=answer.ANSWER_MAX, name=b"pyvmm-cell")
+
+    def boot(self, cell: Cell) -> dict[str, Any] | None:
+        """Run one cell; returns its result for JSON (docs/matrix.md), whatever happens in the cell;
+        None after ``close``.
+
+        :raises PyvmmError: this host cannot make any machine.
+        """
+        settings = self._settings
+        # A tool may be at work when the time-out ends the machine.
+        more = settings.seconds + TOOL_S + POWER_OFF_S
+        self._apart.start(self._cells.index(cell), longest(settings.timeout + more))
+        ended = self._apart.wait()
+        if ended is None:
+            return None
+        found = job.read(ended, settings.timeout)
+        result: dict[str, Any] = {**cell.as_dict(), "negotiated": []}
         try:
-            machine = _machine(cell, settings, stack)
+            result |= facts.checked(found.report or {})
+        except BadAnswer as e:
+            found = job.bad(e)
+        verdict = found.verdict
+        result |= {"verdict": verdict.kind, "message": verdict.message, "details": verdict.details}
+        result["seconds"] = round(ended.seconds, 3)
+        return result
+
+    def close(self) -> None:
+        """End the cell that runs; returns when nothing of it is left. A second call does
+        nothing.
+        """
+        self._apart.close()
+
+    def _boot(self, number: int, send: Send) -> None:
+        """Run one cell, and send the answer, in the process of a cell."""
+        job.work(send, lambda made: _run(self._cells[number], self._settings, self._want, made))
+
+
+def _run(cell: Cell, settings: Settings, sandbox: str, made: Callable[[], None]) -> Answer:
+    result: dict[str, Any] = {}
+    watch = Watch(settings.fail_on) if settings.fail_on else None
+    with ExitStack() as stack:
+        machine = _machine(cell, settings, sandbox, stack)
+        tools.permit()
+        machine.confine()
+        made()
+        result["sandbox"] = machine.sandbox
+        try:
             if watch is not None:
                 machine.console.add_sink(watch)
             problem = _measure(machine, settings, result)
@@ -241,22 +283,17 @@ def boot(cell: Cell, settings: Settings) -> dict[str, Any]:
             verdict = _judge(cell, machine, outcome, watch)
             if verdict.kind == "passed" and problem:
                 verdict = Verdict("failed", problem, status=1)
-        except (KvmMissing, KvmForbidden, KvmUnsuitable):
-            raise
         except (CommandFailed, ToolFailed) as e:
             message, *details = str(e).splitlines()
             verdict = Verdict("failed", message, status=1, details=details)
         except PyvmmError as e:
             verdict = of_error(e)
-            if machine is not None and machine.outcome is not None and machine.outcome.error():
+            if machine.outcome is not None and machine.outcome.error():
                 verdict = _judge(cell, machine, machine.outcome, watch)
-        if machine is not None:
-            result |= _facts(machine)
-            if verdict.kind != "passed":
-                result["console"] = last_lines(machine.console.text, CONSOLE_LINES)
-    result |= {"verdict": verdict.kind, "message": verdict.message, "details": verdict.details}
-    result["seconds"] = round(time.monotonic() - begin, 3)
-    return result
+        result |= _facts(machine)
+        if verdict.kind != "passed":
+            result["console"] = last_lines(machine.console.text, CONSOLE_LINES)
+    return Answer(verdict, report=result)
 
 
 def _judge(cell: Cell, machine: TestMachine, outcome: Outcome, watch: Watch | None) -> Verdict:
@@ -271,7 +308,7 @@ def _judge(cell: Cell, machine: TestMachine, outcome: Outcome, watch: Watch | No
     )
 
 
-def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
+def _machine(cell: Cell, settings: Settings, sandbox: str, stack: ExitStack) -> TestMachine:
     """Make the cell's machine, which its time-out bounds; ``stack`` closes it."""
     machine = stack.enter_context(
         TestMachine(
@@ -285,6 +322,7 @@ def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
             hang_timeout=settings.hang_timeout,
             add=settings.add,
             modules=settings.modules,
+            sandbox=sandbox,
         )
     )
     over = Outcome("timeout", f"{settings.timeout:g} s are over")
@@ -313,12 +351,12 @@ def _measure(machine: TestMachine, settings: Settings, result: dict[str, Any]) -
         check_echo(nic.namespace, (guest, ECHO_PORT), ECHO_BYTES, TOOL_S)
         if settings.seconds:
             machine.run(["iperf3", "-s", "-D"]).check()
-            for way, options in (("to_guest_mbit", ()), ("from_guest_mbit", ("-R",))):
+            for way, reverse in (("to_guest_mbit", False), ("from_guest_mbit", True)):
                 rate = tcp_mbit(
                     nic.namespace,
                     guest,
                     settings.seconds,
-                    *options,
+                    reverse=reverse,
                     attempts=ATTEMPTS,
                     timeout=settings.seconds + TOOL_S,
                 )

@@ -4,6 +4,7 @@ tests/boot has Linux.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,29 +12,39 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pyvmm.compare import counters
+from tests.driver import wait_for
+from tests.host.test_confined import status_of, threads
+from tests.host.test_kernel_processes import PYVMM, gone, processes, visible
+from tests.inject import EXECVE, inject
 
 ROOT = Path(__file__).parents[2]
 Guest = Callable[[str], str]
 PATIENCE = 180.0  # seconds
 
 
-def spawn(*args: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def spawn(*args: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
+    """:param code: statements that change pyvmm before."""
     env = {k: v for k, v in os.environ.items() if k != "GITHUB_ACTIONS"}
-    command = [sys.executable, "-m", "pyvmm", "matrix", "--host", "local", *args]
-    return subprocess.Popen(
+    command = [sys.executable, "-c", PYVMM.format(code), "matrix", "--host", "local", *args]
+    with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
-def run(*args: str) -> tuple[int, str, str]:
-    with spawn(*args) as child:
+def run(*args: str, code: str = "") -> tuple[int, str, str]:
+    with spawn(*args, code=code) as child:
         out, err = child.communicate(timeout=PATIENCE)
         return child.returncode, out, err
 
@@ -208,6 +219,151 @@ def test_another_process_moves_the_packets(guest: Guest, tmp_path: Path) -> None
     assert child.returncode == 130
     assert len(backends) == 1 and not Path(f"/proc/{backends[0]}").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
+
+
+@visible
+@pytest.mark.parametrize("sandbox", ["on", "off"])
+def test_what_the_process_of_a_cell_has(guest: Guest, sandbox: str) -> None:
+    """All its threads are confined, if they are to be, and the helper is all that is not."""
+    args = ["--kernels", guest("reset"), "--append", "how=hang", "--hang-timeout", "600"]
+    with spawn(*args, "--modes", "vhost-user", "--sandbox", sandbox) as child:
+        assert wait_for(lambda: len(processes(child.pid)) == 2)
+        starter, pid = processes(child.pid)
+        assert sorted(threads(starter)) == ["pyvmm-starter"]
+        assert {"supervisor", "vcpu0", "net0"} <= set(threads(pid))
+        tasks = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+        own = [tid for tid in tasks if status_of(tid, "Name")[:4] != "kvm-"]
+        assert len(own) > 8, own
+        for tid in own:
+            name = status_of(tid, "Name")
+            assert status_of(tid, "Seccomp") == ("2" if sandbox == "on" else "0"), name
+            if sandbox == "on":
+                assert int(status_of(tid, "CapEff"), 16) & ~(1 << 2) == 0, name
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=PATIENCE)
+        assert gone([starter, pid])
+    assert child.returncode == 143
+
+
+@visible
+def test_a_thread_of_a_cell_is_stopped(guest: Guest, tmp_path: Path) -> None:
+    """That is the verdict of its cell, and the next cell runs."""
+    out = tmp_path / "m.json"
+    args = [
+        "--kernels",
+        f"{guest('reset')},{guest('hello')}",
+        "--modes",
+        "none",
+        "--json",
+        str(out),
+    ]
+    args += ["--append", "how=hang", "--hang-timeout", "600", "--timeout", "600"]
+    with spawn(*args, "--sandbox", "on") as child:
+        assert wait_for(lambda: len(processes(child.pid)) == 2)
+        _, pid = processes(child.pid)
+        assert wait_for(lambda: inject(threads(pid)["supervisor"], EXECVE))
+        text, _ = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 1 and "1 passed, 1 failed" in text
+    cell = cells(out)["reset.elf/none/1/all"]
+    what = "a thread of pyvmm's was stopped: supervisor asked for execve(), which it may not have"
+    assert (cell["verdict"], cell["message"]) == ("thread-stopped", what)
+
+
+#: Statements that the process of the cell with hello.elf executes once its guest could run.
+DEEDS = {
+    "nothing": ("os._exit(0)", "host-problem", "has sent nothing"),
+    "a status": ("os._exit(3)", "host-problem", "has failed, with status 3"),
+    "too much": ("[send(bytes(1 << 20)) for _ in range(100)]", "host-problem", "more than 4 MiB"),
+    "a lie about the host": (
+        "send(answer.encode_error(KvmMissing('no'))); os._exit(0)",
+        "host-problem",
+        "has sent less than an answer",
+    ),
+    "an unknown field": ("report = {'kernel': 'other'}", "host-problem", "an unknown field"),
+    "another verdict": ("report = {'verdict': 'passed'}", "host-problem", "an unknown field"),
+    "a large figure": ("report = {'packets': 10**4000}", "host-problem", "that is too large"),
+    "another shape": ("report = {'command': []}", "host-problem", "a command that is none"),
+    "a moved cursor": ("report = {'notes': ['\x1b[2J']}", "passed", ""),
+    "too long a list": (
+        "report = {'console': ['x'] * 31}",
+        "host-problem",
+        "a list that is none, or too long",
+    ),
+}
+HOSTILE = """
+import os
+from pyvmm.errors import KvmMissing
+from pyvmm.matrix import run
+from pyvmm.testing import answer
+from pyvmm.testing.verdict import Verdict
+real, begin = run._run, run.Sweep._boot
+def boot(self, number, send):
+    def other(cell, settings, sandbox, made):
+        if "hello" not in cell.kernel:
+            return real(cell, settings, sandbox, made)
+        made()
+        report = {{}}
+        {}
+        return answer.Answer(Verdict("passed"), report=report)
+    run._run = other
+    begin(self, number, send)
+run.Sweep._boot = boot
+"""
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_a_hostile_cell(guest: Guest, tmp_path: Path, deed: str) -> None:
+    """Whatever it says: that is the verdict of this cell, and the next one runs."""
+    what, verdict, text = DEEDS[deed]
+    out = tmp_path / "m.json"
+    args = ["--kernels", f"{guest('hello')},{guest('timer')}", "--modes", "none"]
+    code = f"exec({HOSTILE.format(what)!r});"
+    status, told, err = run(*args, "--json", str(out), code=code)
+    found = cells(out)
+    cell = found["hello.elf/none/1/all"]
+    assert cell["verdict"] == verdict and text in cell["message"], cell
+    assert (cell["kernel"], cell["mode"], cell["cpus"]) == (guest("hello"), "none", 1)
+    assert found["timer.elf/none/1/all"]["verdict"] == "passed"
+    assert status == int(verdict != "passed") and "\x1b" not in told + err
+
+
+def test_the_same_with_and_without(guest: Guest, tmp_path: Path) -> None:
+    """The sandbox changes nothing but its own field; what cannot be had is told."""
+    args = ["--kernels", f"{guest('hello')},{guest('reset')}", "--modes", "emulated,vhost-user"]
+    args += ["--append", "how=triple", "--quiet"]
+    found = {}
+    for sandbox in ("on", "off", "auto"):
+        out = tmp_path / f"{sandbox}.json"
+        status, text, err = run(*args, "--sandbox", sandbox, "--json", str(out))
+        assert (status, err) == (1, ""), text
+        found[sandbox] = cells(out)
+        for cell in found[sandbox].values():
+            assert cell.pop("sandbox") == sandbox.replace("auto", "on")
+            assert cell.pop("seconds") > 0
+            cell["phases_s"] = list(cell["phases_s"])
+    assert found["on"] == found["off"] == found["auto"]
+    assert {cell["verdict"] for cell in found["on"].values()} == {"passed", "triple-fault"}
+    old = "from pyvmm import sandbox; sandbox._why_no_files = lambda: 'no Landlock';"
+    status, text, err = run(*args, "--sandbox", "on", code=old)
+    line = "pyvmm: --sandbox on: no Landlock; use --sandbox auto, or off\n"
+    assert (status, text, err) == (132, "", line)
+    status, text, _ = run(*args, "--json", "-", code=old)
+    assert status == 1
+    states = {cell["sandbox"] for cell in json.loads(text)["cells"]}
+    assert states == {"on, but for files: no Landlock"}
+
+
+def test_a_host_without_kvm(guest: Guest, tmp_path: Path) -> None:
+    """It is told once, and no cell has a verdict."""
+    code = (
+        "from pyvmm import errors, assembly\n"
+        "def no(*args): raise errors.KvmForbidden('not here', 'go away')\n"
+        "assembly.Kvm = no\n"
+    )
+    args = ["--kernels", f"{guest('hello')},{guest('timer')}", "--modes", "none", "--quiet"]
+    out = tmp_path / "m.json"
+    status, _, err = run(*args, "--json", str(out), code=f"exec({code!r});")
+    assert (status, err) == (103, "pyvmm: not here; go away\n") and cells(out) == {}
 
 
 def test_interrupted_and_resumed(guest: Guest, tmp_path: Path) -> None:
