@@ -91,3 +91,22 @@ def test_matrix(host: Host, tmp_path: Path) -> None:
         assert cell["to_guest_mbit"] > 0 and cell["from_guest_mbit"] > 0
         assert cell["command"]["stdout"].startswith("6.")
         assert cell["user_exits"] > 0
+
+
+#: Runs the demo, and looks at its process once the guest has come up, before the tools have run.
+DEMO = """
+"$@" >"$0/said" 2>&1 &
+until grep -q "feature negotiation" "$0/said" || ! kill -0 $!; do sleep 0.2; done
+cat /proc/$!/status; wait $!; status=$?; cat "$0/said"; exit $status
+"""
+
+
+def test_demo(host: Host, tmp_path: Path) -> None:
+    """Confined, with the tools of the host's side in its card's namespace."""
+    pyvmm = [sys.executable, "-m", "pyvmm", "demo", "--host", "local", "--sandbox", "on"]
+    done = host.run("sh", "-c", DEMO, str(tmp_path), *pyvmm, timeout=400)
+    assert done.status == 0, done
+    assert "Seccomp:\t2\n" in done.out and "NoNewPrivs:\t1\n" in done.out, done.out
+    assert "          sandbox: on\n" in done.out
+    assert done.out.count(", 0% packet loss") == 2, done.out
+    assert done.out.count("Mbits/sec") == 4 and "closed: tap, network namespace" in done.out

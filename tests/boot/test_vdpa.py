@@ -107,6 +107,17 @@ def check_return(guest: Guest, *, comes: bool) -> None:
         assert received <= 10, (sent, received)
 
 
+def test_a_cell_of_a_matrix(vdpa: Host, tmp_path: Path) -> None:
+    """In a confined process, with traffic both ways; its helper makes and removes the device."""
+    out = tmp_path / "m.json"
+    args = ["--modes", "vhost-vdpa", "--sandbox", "on", "--seconds", "1", "--json", str(out)]
+    done = vdpa.run(*PYVMM, "matrix", "--host", "local", *args, timeout=400)
+    assert done.status == 0, done
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert (cell["verdict"], cell["sandbox"]) == ("passed", "on")
+    assert cell["to_guest_mbit"] > 0 and cell["from_guest_mbit"] > 0
+
+
 def test_own_device(vdpa: Host) -> None:
     """Guest, vhost-vdpa, VDUSE, tap: traffic, queue pairs, another driver, a reboot; and no packet
     makes KVM_RUN return.

@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 
 from pyvmm import helper, workloads
+from pyvmm._ext import lib
 from pyvmm.errors import HostError, UsageError
-from pyvmm.hostnet import tools
+from pyvmm.hostnet import netns, tools
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.matrix.run import combine
 from pyvmm.workloads import ToolFailed, check_echo, run_tool, tcp_mbit
 from tests.driver import wait_for
 
 PATIENCE = 60.0
+NOBODY = 65534
 
 
 SERVER = "10.0.0.2"
@@ -71,6 +73,34 @@ def test_the_tools_themselves(space: Namespace, sealed: bool) -> None:
         run_tool(space, tools.iperf3("127.0.0.1", 5201, 1, json=False), PATIENCE)
     with pytest.raises(ToolFailed, match="cannot read its result: unable to connect to server"):
         tcp_mbit(space, "127.0.0.1", 1, attempts=1, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["helper", "none"])
+def test_the_tools_of_an_ordinary_user(own: bool) -> None:
+    """Who is root in a user namespace alone: the runner enters it."""
+    if os.geteuid() == 0 and netns.why_no_user_namespace():
+        pytest.skip(netns.why_no_user_namespace())
+
+    def body() -> tuple[list[str], list[int]]:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            lib.pv_be_seen(True)  # else its files in /proc are root's
+        with contextlib.ExitStack() as stack:
+            if own:
+                stack.enter_context(helper.start())
+            space = stack.enter_context(Namespace(address=f"{SERVER}/24"))
+            assert space.user is not None
+            settle(own)
+            run_tool(space, PING, PATIENCE)
+            with pytest.raises(ToolFailed, match="unable to connect"):
+                run_tool(space, tools.iperf3(SERVER, 5201, 1, json=False), PATIENCE)
+            with pytest.raises(ToolFailed, match="echo cannot be reached"):
+                check_echo(space, (SERVER, 7), 100, 0.1)
+        return ["done"], []
+
+    assert helper.in_child(body, "another user") == (["done"], [])
 
 
 #: What a tool sees of itself. The shell, which cannot make a process, has it read by its own words.
