@@ -82,10 +82,10 @@ def test_the_classic_result(host: Host, tmp_path: Path) -> None:
     assert not document["partial"] and [r["mode"] for r in document["runs"]] == modes
     for workload in ("ping", "tcp-tx"):
         exit_, vhost = (figures(document, mode, workload) for mode in modes)
-        sent = exit_["packets"]["packets_from_guest"]
+        frames = exit_["packets"]["packets_from_guest"] + exit_["packets"]["packets_to_guest"]
         # An answer to a ping is a kick of its own, unless the worker is still busy; a TCP stream's
-        # packets share them.
-        assert (10 if workload == "ping" else 1) <= exit_["causes"]["notify"] <= sent, exit_
+        # packets share them. Buffers in the place of received frames may be a kick, too.
+        assert (10 if workload == "ping" else 1) <= exit_["causes"]["notify"] <= frames, exit_
         assert vhost["causes"]["notify"] == 0, vhost
         for one in (exit_, vhost):
             assert one["user_exits"] <= one["kvm"]["exits"] and one["interrupts"] > 0, one
