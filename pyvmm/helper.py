@@ -53,6 +53,8 @@ else:
 
 #: The size of the longest message, in bytes: a traceback.
 MESSAGE_MAX = 1 << 16
+#: Bytes in front of a request and its answer: the request's number, and a zero.
+NUMBER_MAX = 20
 BACKEND, USER_NETWORK = "pyvmm.backend.process", "pyvmm.hostnet.slirp"
 VDUSE_KEEPER = "pyvmm.backend.vduse_keeper"
 #: The modules that may be started -> what messages call them, and how many of their words are free:
@@ -93,9 +95,11 @@ NEEDS = {
 }
 
 
-def answer(channel: _socket.socket, body: Callable[[], Result]) -> int:
+def answer(channel: _socket.socket, body: Callable[[], Result], to: Sequence[str] = ()) -> int:
     """Run ``body`` and send its result, or its error, for ``heard``; returns an exit status. The
     descriptors stay open.
+
+    :param to: what the message begins with, before what ``heard`` takes.
     """
     fds: list[int] = []
     status = 0
@@ -112,7 +116,7 @@ def answer(channel: _socket.socket, body: Callable[[], Result]) -> int:
 
         words = ["bug", traceback.format_exc()[-MESSAGE_MAX // 4 :]]  # up to 4 bytes each
         status = 1
-    send_fds(channel, "\0".join(words).encode(errors="surrogateescape"), fds)
+    send_fds(channel, "\0".join((*to, *words)).encode(errors="surrogateescape"), fds)
     for fd in fds:
         os.close(fd)
     return status
@@ -199,6 +203,7 @@ class Helper(Closing):
     def __init__(self, pid: int, channel: _socket.socket) -> None:
         self.pid, self._channel = pid, channel
         self._lock = threading.Lock()
+        self._number = 0  # of the latest request
         self.sealed = False
         self._permitted: list[tuple[str, str]] = []
 
@@ -207,18 +212,26 @@ class Helper(Closing):
 
         :raises HostError: it has ended; or whatever the operation raises.
         """
-        data = "\0".join(words).encode(errors="surrogateescape")
-        if len(data) > MESSAGE_MAX:
-            raise HostError(f"{len(data)} bytes are too many for {words[0]}")
         with self._lock:
+            self._number += 1
+            number = b"%d" % self._number
+            data = number + "\0".join(("", *words)).encode(errors="surrogateescape")
+            if len(data) > MESSAGE_MAX:
+                raise HostError(f"{len(data)} bytes are too many for {words[0]}")
             try:
                 send_fds(self._channel, data, fds)
-                answered, got = recv_fds(self._channel, MESSAGE_MAX, FDS_MAX)
+                while True:
+                    answered, got = recv_fds(self._channel, MESSAGE_MAX, FDS_MAX)
+                    to, _, rest = answered.partition(b"\0")
+                    if to == number or not answered:
+                        break
+                    # For an earlier request, whose answer a signal's exception let nobody hear.
+                    close_all(got)
             except OSError as e:
                 raise HostError(f"pyvmm's helper does not answer: {e.strerror}") from e
         if not answered:
             raise HostError("pyvmm's helper has ended")
-        return heard(answered, got, "pyvmm's helper")
+        return heard(rest, got, "pyvmm's helper")
 
     def permit(self, operation: str, name: str) -> None:
         """Allow an operation a name, from ``seal`` on."""
@@ -230,14 +243,14 @@ class Helper(Closing):
         :raises HostError: the helper has ended.
         """
         words = ["seal"]
-        room = MESSAGE_MAX - len(words[0])
+        room = MESSAGE_MAX - NUMBER_MAX - len(words[0])
         # Together, because each answer costs two changes of process.
         for pair in dict.fromkeys(self._permitted):
             size = sum(len(os.fsencode(word)) + 1 for word in pair)
             if size > room and len(words) > 1:
                 self.ask(["permit", *words[1:]])
                 del words[1:]
-                room = MESSAGE_MAX - len("permit")
+                room = MESSAGE_MAX - NUMBER_MAX - len("permit")
             words += pair
             room -= size
         self.ask(words)
@@ -546,9 +559,9 @@ def _serve_one(channel: _socket.socket, rules: _Rules, parent: int) -> bool:
     """Answer one request of the VMM; False if it has closed its end."""
     data, fds = recv_fds(channel, MESSAGE_MAX, FDS_MAX)
     try:
-        words = data.decode(errors="surrogateescape").split("\0")
+        number, *words = data.decode(errors="surrogateescape").split("\0")
         if data:
-            answer(channel, lambda: _do(rules, parent, words, fds))
+            answer(channel, lambda: _do(rules, parent, words, fds), [number[:NUMBER_MAX]])
     finally:
         for fd in fds:
             os.close(fd)

@@ -29,6 +29,17 @@ def test_traffic_control(monkeypatch: pytest.MonkeyPatch) -> None:
         assert allowed("traffic", words)
 
 
+def test_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was permitted, in a namespace that the helper has made."""
+    with Path("/proc/self/ns/net").open("rb") as place:
+        words = ["ping", "start", "/bin/ping", "9", "x", "0", str(place.fileno())]
+        assert not allowed("tool", words)
+        monkeypatch.setattr(netns, "_made", {os.fstat(place.fileno()).st_ino})
+        assert allowed("tool", words)
+        assert not allowed("tool", ["ping", "start", "/tmp/ping", *words[3:]])
+        assert not allowed("tool", ["iperf3", *words[1:]])
+
+
 @pytest.mark.parametrize("order", ["vdpa", "vduse"])
 def test_own_devices(order: str) -> None:
     for number in (0, 3, 10):

@@ -10,6 +10,8 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -295,6 +297,47 @@ def test_bugs_are_told(made: helper.Helper) -> None:
     with pytest.raises(RuntimeError, match="ValueError"):
         made.ask(["steering", "no number"])
     made.ask(["seal"])
+
+
+def test_an_answer_that_nobody_heard(made: helper.Helper, tmp_path: Path) -> None:
+    """A signal's exception ends the wait for an answer, which is not that of the next request."""
+
+    class Signalled(Exception):
+        pass
+
+    def on_signal(number: int, frame: object) -> None:
+        raise Signalled
+
+    path = tmp_path / "file"
+    path.write_text("x")
+    for name in (path, tmp_path / "another"):
+        made.permit("open", str(name))
+    made.seal()
+    files = Path("/proc/self/fd")
+    open_files = len(list(files.iterdir()))
+    before = signal.signal(signal.SIGUSR1, on_signal)
+    try:
+        os.kill(made.pid, signal.SIGSTOP)
+        main = threading.main_thread().ident
+        assert main is not None
+        unread = bytearray(4)
+
+        def interrupt() -> None:
+            while not any(unread):
+                fcntl.ioctl(made._channel.fileno(), termios.TIOCOUTQ, unread)
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(Signalled):
+            made.ask(["open", str(path)])
+        thread.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        os.kill(made.pid, signal.SIGCONT)
+    with pytest.raises(FileNotFoundError):
+        made.ask(["open", str(tmp_path / "another")])
+    assert len(list(files.iterdir())) == open_files, "the descriptor that came is closed"
 
 
 def test_a_process_without_a_helper(tmp_path: Path) -> None:

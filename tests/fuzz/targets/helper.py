@@ -34,6 +34,7 @@ PERMITTED = {
     ("macvtap", "eth7"),
     ("vdpa", "card0"),
     ("vduse", ""),
+    ("tool", "ping /bin/ping"),
     ("start", helper.BACKEND),
     ("start", f"{helper.USER_NETWORK} 0"),
 }
@@ -41,6 +42,7 @@ WORDS = (
     *("", "0", "1", "3", "-1", "99999999999", "lo", "tap7", "eth7", "card0", "s", "/dev/mem"),
     *("/run/a/s", "/run/a/t", "/boot/kernel", "/run/a/../a/s", "3,4", "1500", "00" * 24, "zz"),
     *(str(n) for n in (lib.SIOCGIFMTU, lib.SIOCSIFMTU, lib.SIOCSIFFLAGS, lib.SIOCBRADDIF)),
+    *("ping", "echo", "/bin/ping", "end"),
     *helper.MODULES,
 )
 ORDERS = (*helper.OPERATIONS, "start", "kill", "permit", "seal", "execve", "")
@@ -56,6 +58,10 @@ def allowed(order: str, words: list[str]) -> bool:
     if order == "traffic":  # of a tap of the host, or of one in a namespace that the helper made
         places = words[3:]
         return netns.ours(int(places[0])) if places else words[0] == "tap7"
+    if order == "tool":  # in a namespace that the helper made
+        return words[1] == "end" or (
+            ("tool", f"{words[0]} {words[2]}") in PERMITTED and netns.ours(int(words[6]))
+        )
     if order == "vduse":
         return not words[0] or is_own(words[0])
     if order == "vdpa":
@@ -112,7 +118,7 @@ def make(argument: str) -> Callable[[bytes], None]:
     netns._made.add(os.fstat(files[0]).st_ino)
 
     def request(d: Data) -> bytes:
-        words = [d.of(ORDERS)]
+        words = ["7", d.of(ORDERS)]
         for _ in range(d.below(9)):
             kind = d.below(8)
             word = d.of(WORDS) if kind else d.some(24).decode(errors="surrogateescape")
@@ -120,6 +126,10 @@ def make(argument: str) -> Callable[[bytes], None]:
         if d.one_in(16):
             words.append("x" * d.number(2))
         return "\0".join(words).encode(errors="surrogateescape")[: helper.MESSAGE_MAX]
+
+    def hear() -> None:
+        answered, fds = recv_fds(ours, helper.MESSAGE_MAX, FDS_MAX)
+        helper.heard(answered.partition(b"\0")[2], fds, "the helper")
 
     def one(data: bytes) -> None:
         d = Data(data)
@@ -133,7 +143,7 @@ def make(argument: str) -> Callable[[bytes], None]:
             if not helper._serve_one(theirs, rules, parent):
                 continue  # an empty message is as the end
             with contextlib.suppress(PyvmmError, OSError, RuntimeError):
-                helper.heard(*recv_fds(ours, helper.MESSAGE_MAX, FDS_MAX), "the helper")
+                hear()
             for order, words, permitted in deeds.done:
                 assert permitted, (order, words)
 
