@@ -342,9 +342,10 @@ def test_what_is_said(guest: Guest) -> None:
 def test_a_host_without_kvm(guest: Guest) -> None:
     """It is told once, with its own status, and moves no cursor; no kernel has a verdict."""
     code = (
-        "from pyvmm import kvm, errors, machine, assembly\n"
+        "from pyvmm import errors\n"
+        "from pyvmm.kvm import ahead\n"
         "def no(*args): raise errors.KvmForbidden('not here', 'go\\x1b[2J away')\n"
-        "assembly.Kvm = no\n"
+        "ahead.Kvm = no\n"
     )
     status, out, err = run(*kernels(guest), code=f"exec({code!r});")
     assert (status, out, err) == (103, "", "pyvmm: not here; go\ufffd[2J away\n")

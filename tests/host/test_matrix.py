@@ -356,9 +356,10 @@ def test_the_same_with_and_without(guest: Guest, tmp_path: Path) -> None:
 def test_a_host_without_kvm(guest: Guest, tmp_path: Path) -> None:
     """It is told once, and no cell has a verdict."""
     code = (
-        "from pyvmm import errors, assembly\n"
+        "from pyvmm import errors\n"
+        "from pyvmm.kvm import ahead\n"
         "def no(*args): raise errors.KvmForbidden('not here', 'go away')\n"
-        "assembly.Kvm = no\n"
+        "ahead.Kvm = no\n"
     )
     args = ["--kernels", f"{guest('hello')},{guest('timer')}", "--modes", "none", "--quiet"]
     out = tmp_path / "m.json"

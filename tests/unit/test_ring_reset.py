@@ -73,7 +73,7 @@ def test_a_smaller_transmit_ring(rig: Rig) -> None:
     for _ in range(3):
         rig.exchange()
     assert rig.healthy
-    assert rig.device.serving == [0, 1]
+    assert wait_for(lambda: rig.device.serving == [0, 1])  # noted after the start of the path
 
 
 def test_a_larger_receive_ring(rig: Rig) -> None:
@@ -84,7 +84,7 @@ def test_a_larger_receive_ring(rig: Rig) -> None:
     rig.cable.far.send(bytes(12) + frame(7))
     net.send(frame(8))
     assert rig.cable.receive()[12:] == frame(8)
-    assert rig.device.serving == [1]
+    assert wait_for(lambda: rig.device.serving == [1])
     net.rx = renew(rig.guest, 0, 128, 0x800000)
     net._rx_free += net._rx_busy.values()
     net._rx_busy.clear()
