@@ -496,6 +496,8 @@ def _wait_for_orphans() -> None:
         left = until - time.monotonic()
         if not pid and left > 0:
             signal.sigtimedwait((signal.SIGCHLD,), left)
+        elif not pid and left < -PARTING:
+            return  # the kernel does not let go of them
         elif not pid:
             for child in _children():
                 os.kill(child, signal.SIGKILL)

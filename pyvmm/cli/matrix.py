@@ -264,7 +264,7 @@ def _run_cells(
 ) -> int:
     """Run one cell after another, and print its row; returns the exit status."""
     from pyvmm.cli.support.signals import Terminated
-    from pyvmm.cli.support.verdicts import annotate
+    from pyvmm.cli.support.verdicts import annotate, quoted
 
     table = _Table(cells, args)
     begin = time.monotonic()
@@ -282,7 +282,7 @@ def _run_cells(
                 assert result is not None  # the sweep is open
                 for note in result.get("notes", []):
                     if note not in told:
-                        print(f"pyvmm: {note}", file=sys.stderr)
+                        print(*quoted([f"pyvmm: {note}"]), file=sys.stderr)
                         told.add(note)
                 if result["verdict"] != "passed":
                     annotate(f"pyvmm {result['verdict']}", f"{cell.name}: {result['message']}")
@@ -329,8 +329,10 @@ class _Table:
             self._print(COLUMNS)
 
     def say(self, line: str) -> None:
-        """Print a line."""
-        print(line, file=self._to, flush=True)
+        """Print lines, in which a kernel may have a hand."""
+        from pyvmm.cli.support.verdicts import quoted
+
+        print("\n".join(quoted(line.split("\n"))), file=self._to, flush=True)
 
     def _print(self, texts: tuple[str, ...]) -> None:
         if self._narrow is not None:

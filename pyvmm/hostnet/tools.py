@@ -1,11 +1,10 @@
 """ping, iperf3 and a check of an echo, at the other end of a card: in a network namespace that
 this process has made.
 
-Theory of operation. A process, the runner, enters the namespaces. It runs the tool as its child and
-takes what the tool prints, within a limit of bytes and of seconds; or it checks the echo by itself.
-Then it sends how the tool ended, and the output, by a socket. If the other end of the socket is
-closed, it kills the tool and ends. It is forked by the helper if this process is confined, else
-by this process.
+Theory of operation. A process, the runner, enters the namespaces. It runs the tool, or the check,
+as its child and takes what that prints, within a limit of bytes and of seconds. Then it sends how
+the tool ended, and the output, by a socket. If the other end of the socket is closed, it kills the
+tool and ends. It is forked by the helper if this process is confined, else by this process.
 
 Whoever asks for a tool may be somebody else's by then, and so may the guest that answers the tool.
 So whoever asks has no words of a command line, but numbers and an address, each within its range;
@@ -21,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 
 from pyvmm import helper
 from pyvmm._ext import lib
@@ -43,9 +43,12 @@ PING, IPERF3, ECHO = "ping", "iperf3", "echo"
 OUTPUT_MAX = 8 << 20
 #: Tools of one process at a time.
 RUNNING_MAX = 8
+#: Bytes of a check; twice as many are in memory.
+ECHO_MAX = 4 << 20
 PIECE = 1 << 16
 TIMEOUT_MAX = 2e6  # seconds
 CONNECT_MS = 3000  # for iperf3's client to reach its server
+GRACE = 5.0  # seconds for a runner whose channel is closed
 PAUSE = 0.3  # seconds between two attempts to reach a server that does not listen yet
 CAP_NET_RAW = 13
 #: All that a tool finds in its environment.
@@ -165,13 +168,12 @@ def needs(words: list[str]) -> list[tuple[str, str]]:
     return wanted if ours(int(net)) else [*wanted, ("place", str(os.fstat(int(net)).st_ino))]
 
 
-#: The runners of this process that nobody has waited for.
-_running: set[int] = set()
+#: The runners of this process that nobody has waited for -> a descriptor of each process.
+_running: dict[int, int] = {}
 
 
 def operate(words: list[str]) -> tuple[list[str], list[int]]:
-    """Start a tool, or wait for its runner once the other end of its socket is closed; an operation
-    of ``helper``.
+    """Start a tool, or end its runner, and with that the tool; an operation of ``helper``.
 
     :param words: the tool; ``start``, its path, seconds, what the tool is told in lines; then the
         numbers of the socket, of the network namespace, and perhaps of its user namespace. Or
@@ -183,11 +185,15 @@ def operate(words: list[str]) -> tuple[list[str], list[int]]:
         pid = _whole(rest[0], 1, 1 << 31)
         if pid not in _running:
             raise HostError(f"process {pid} runs no tool")
-        try:
+        # Its channel is closed by now, unless its caller has lent something else.
+        poll = select.poll()
+        poll.register(_running[pid], select.POLLIN)
+        if not poll.poll(GRACE * 1000):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(_running[pid], signal.SIGKILL)
+        with suppress(ChildProcessError):  # whoever uses this library ignores SIGCHLD
             os.waitpid(pid, 0)
-        except ChildProcessError:
-            pass  # whoever uses this library ignores SIGCHLD
-        _running.discard(pid)
+        os.close(_running.pop(pid))
         return [], []
     path, seconds, about, channel, *places = rest
     if job != "start" or name not in TOOLS or len(places) not in (1, 2):
@@ -200,7 +206,7 @@ def operate(words: list[str]) -> tuple[list[str], list[int]]:
     pid = os.fork()
     if not pid:
         _be_runner(parent, what, path, timeout, int(channel), [int(fd) for fd in places])
-    _running.add(pid)
+    _running[pid] = os.pidfd_open(pid)
     return [str(pid)], []
 
 
@@ -267,7 +273,7 @@ def _iperf3(about: list[str]) -> _Program:
 
 def _echo(about: list[str]) -> _Echo:
     address, port, count = _exactly(about, 3)
-    return _Echo((_address(address), _whole(port, 1, 65535)), _whole(count, 1, 1 << 28))
+    return _Echo((_address(address), _whole(port, 1, 65535)), _whole(count, 1, ECHO_MAX))
 
 
 def _exactly(words: list[str], *counts: int) -> list[str]:
@@ -309,10 +315,7 @@ def _be_runner(
         close_all(places)
         if lib.pv_follow_parent(parent):  # which another user namespace takes back
             os._exit(status)
-        if isinstance(what, _Echo):
-            end = _check(what, until)
-        else:
-            end = _attend(what, path, channel, until)
+        end = _attend(what, path, channel, until)
         view = memoryview(f"{end.how} {end.status}\n".encode() + end.output)
         while view:
             view = view[os.write(channel, view) :]
@@ -325,16 +328,19 @@ def _be_runner(
         os._exit(status)
 
 
-def _attend(what: _Program, path: str, channel: int, until: float) -> End:
-    """Run a program, until it has ended and nobody writes its output any more, or its time is over,
-    or nobody wants to hear of it.
+def _attend(what: _Program | _Echo, path: str, channel: int, until: float) -> End:
+    """Run a tool, until it has ended and nobody writes its output any more, or its time is over, or
+    nobody wants to hear of it.
     """
     said, theirs = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if not pid:
-        _be_program(what, path, theirs)
+        _be_tool(what, path, theirs, until)
     os.close(theirs)
+    if isinstance(what, _Echo):
+        until += GRACE  # a check keeps its time, and says how far it came
     output, how = bytearray(), ENDED
+    process = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(said, select.POLLIN)
     poll.register(channel, 0)  # for POLLHUP
@@ -345,9 +351,12 @@ def _attend(what: _Program, path: str, channel: int, until: float) -> End:
             if not ready or channel in ready:
                 how = LATE
                 break
-            piece = os.read(said, PIECE)
-            if not piece:
+            if process in ready:
                 break
+            piece = os.read(said, PIECE)
+            if not piece:  # the program need not have ended
+                poll.unregister(said)
+                poll.register(process, select.POLLIN)
             output += piece
             if len(output) > OUTPUT_MAX:
                 how = FLOOD
@@ -357,26 +366,33 @@ def _attend(what: _Program, path: str, channel: int, until: float) -> End:
         if how != ENDED:
             os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is its own
         _, status = os.waitpid(pid, 0)
+    if isinstance(what, _Echo) and how == ENDED and status:
+        how = FAILED
     return End(how, os.waitstatus_to_exitcode(status), bytes(output))
 
 
-def _be_program(what: _Program, path: str, out: int) -> NoReturn:
-    runner = os.getppid()
+def _be_tool(what: _Program | _Echo, path: str, out: int, until: float) -> NoReturn:
+    status, runner = CANNOT_RUN, os.getppid()
     try:
         os.dup2(out, 1)
         os.dup2(out, 2)
-        # The kernel kills it with the runner.
-        if not lib.pv_follow_parent(runner) and not lib.pv_confine_program(what.keep):
+        if lib.pv_follow_parent(runner):  # the kernel kills it with the runner
+            pass
+        elif isinstance(what, _Echo):
+            problem = _check(what, until).encode()
+            os.write(1, problem)
+            status = 1 if problem else 0
+        elif not lib.pv_confine_program(what.keep):
             os.execve(path, what.argv, ENVIRONMENT)
     finally:
-        os._exit(CANNOT_RUN)
+        os._exit(status)
 
 
-def _check(what: _Echo, until: float) -> End:
-    """Check an echo, with no right but to sockets of IPv4."""
+def _check(what: _Echo, until: float) -> str:
+    """Check an echo, with no right but to sockets of IPv4; what is wrong, or nothing."""
     done = lib.pv_confine_network(b"/dev/null")
     if done < 0:
-        return End(FAILED, 0, f"the check cannot be confined: {os.strerror(-done)}".encode())
+        return f"the check cannot be confined: {os.strerror(-done)}"
     poll = select.poll()
     while True:
         s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -387,7 +403,7 @@ def _check(what: _Echo, until: float) -> End:
         except OSError as e:
             s.close()
             if time.monotonic() > until:
-                return End(FAILED, 0, f"the guest's echo cannot be reached: {e}".encode())
+                return f"the guest's echo cannot be reached: {e}"
             poll.poll(PAUSE * 1000)
     sent, got = os.urandom(what.count), bytearray()
     problem = _exchange(s, sent, got, until)
@@ -397,7 +413,7 @@ def _check(what: _Echo, until: float) -> End:
         problem = f"another byte {wrong} came back from the guest's echo"
         if wrong is None:
             problem = f"{len(got)} of {what.count} bytes came back from the guest's echo"
-    return End(FAILED if problem else ENDED, 0, problem.encode())
+    return problem
 
 
 def _exchange(s: socket.socket, sent: bytes, got: bytearray, until: float) -> str:

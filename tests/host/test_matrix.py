@@ -284,6 +284,11 @@ DEEDS = {
     "a large figure": ("report = {'packets': 10**4000}", "host-problem", "that is too large"),
     "another shape": ("report = {'command': []}", "host-problem", "a command that is none"),
     "a moved cursor": ("report = {'notes': ['\x1b[2J']}", "passed", ""),
+    "a command of GitHub's": (
+        "return answer.Answer(Verdict('failed', '::stop-commands::x'))",
+        "failed",
+        "::stop-commands::x",
+    ),
     "too long a list": (
         "report = {'console': ['x'] * 31}",
         "host-problem",
@@ -292,6 +297,7 @@ DEEDS = {
 }
 HOSTILE = """
 import os
+os.environ["GITHUB_ACTIONS"] = "true"
 from pyvmm.errors import KvmMissing
 from pyvmm.matrix import run
 from pyvmm.testing import answer
@@ -325,6 +331,7 @@ def test_a_hostile_cell(guest: Guest, tmp_path: Path, deed: str) -> None:
     assert (cell["kernel"], cell["mode"], cell["cpus"]) == (guest("hello"), "none", 1)
     assert found["timer.elf/none/1/all"]["verdict"] == "passed"
     assert status == int(verdict != "passed") and "\x1b" not in told + err
+    assert not any(line.lstrip().startswith("::stop") for line in (told + err).splitlines())
 
 
 def test_the_same_with_and_without(guest: Guest, tmp_path: Path) -> None:
