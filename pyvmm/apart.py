@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     Send = Callable[[bytes], None]
     Body = Callable[[int, Send], None]
+    Heard = Callable[[int, bytes], None]
 else:
     import _signal as signal  # without enumerations, which take long to make
 
@@ -168,12 +169,15 @@ class Apart(Closing):
         ``Scarce`` is told in silence.
     :param most: bytes that a process may send.
     :param name: of each process, for ``ps``; at most 15 bytes.
+    :param heard: called in ``wait`` with a job's number and the next bytes that its process has
+        sent, within the limit, as they come; raises nothing. ``wait`` returns all of them at the
+        end, too.
     :ivar stopped: whether ``stop`` or ``close`` was called.
     :raises HostError: there can be no process.
     """
 
-    def __init__(self, body: Body, *, most: int, name: bytes) -> None:
-        self._most = most
+    def __init__(self, body: Body, *, most: int, name: bytes, heard: Heard | None = None) -> None:
+        self._most, self._heard = most, heard
         self.stopped = False
         self._running: dict[int, _Running] = {}
         self._failed: deque[Ended] = deque()  # without a process; ``wait`` will tell
@@ -274,12 +278,15 @@ class Apart(Closing):
 
     def _hear(self, one: _Running) -> bool:
         """Take what a process has sent; whether there was anything, within the limit."""
+        known = len(one.out.data)
         some = one.out.read()
         if len(one.out.data) > self._most:
             one.end.flood = True
             del one.out.data[self._most :]
             self._kill(one)
             one.out.ignore()
+        if self._heard is not None and len(one.out.data) > known:
+            self._heard(one.end.job, bytes(one.out.data[known:]))
         return some and not one.end.flood
 
     def _kill(self, one: _Running) -> None:

@@ -70,6 +70,41 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
+def test_what_a_process_sends_is_heard_while_it_runs(tmp_path: Path) -> None:
+    """All of it, once, in its order; and the process goes on after it was heard only."""
+    heard: dict[int, bytes] = {}
+    seen = tmp_path / "seen"
+
+    def body(job: int, send: Send) -> None:
+        send(b"one")
+        assert wait_for(seen.exists)
+        send(b"two" * job)
+
+    def hear(job: int, data: bytes) -> None:
+        heard[job] = heard.get(job, b"") + data
+        seen.touch()
+
+    with Apart(body, most=MOST, name=b"apart", heard=hear) as jobs:
+        for job in (1, 100_000):
+            jobs.start(job, LONG)
+        ends = [jobs.wait() for _ in range(2)]
+    assert {end.job: end.data for end in ends if end} == heard
+    assert heard == {1: b"onetwo", 100_000: b"one" + b"two" * 100_000}
+
+
+def test_what_is_too_much_is_not_heard() -> None:
+    heard = bytearray()
+
+    def body(job: int, send: Send) -> None:
+        while True:
+            send(b"x" * 9999)
+
+    with Apart(body, most=MOST, name=b"apart", heard=lambda _, data: heard.extend(data)) as jobs:
+        jobs.start(7, LONG)
+        end = jobs.wait()
+    assert end is not None and end.flood and end.data == bytes(heard) == b"x" * MOST
+
+
 def test_several_at_a_time() -> None:
     """Each with its own number and bytes, in the order of their ends."""
 
