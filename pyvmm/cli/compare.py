@@ -33,8 +33,8 @@ Examples:
 
 Exit status: 0 everything was measured; 1 something could not be measured (the table says what and
 why); 2 bad usage; 101 a result could not be written; 102..105, 109 no usable KVM, image or memory;
-110 the testbed failed; 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP: the results so far are shown
-and written.
+110 the testbed failed; 132 --sandbox on is impossible; 130, 143, 129 ended by SIGINT, SIGTERM,
+SIGHUP: the results so far are shown and written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ import argparse
 import os
 import sys
 
-from pyvmm.cli.support.options import add_host, count
+from pyvmm.cli.support.options import add_host, add_sandbox, count
 from pyvmm.cli.support.outputs import STDOUT, Outputs
 from pyvmm.errors import TestbedError, UsageError
 from pyvmm.spec.platform import MAX_CPUS
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pyvmm.compare.plan import Plan
+    from pyvmm.compare.run import Comparison
 
 #: The most columns of a table that goes to a file or a pipe.
 MAX_WIDTH = 300
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         help="show results written by --json; run nothing",
     )
+    add_sandbox(parser, "the process of each guest of pyvmm before it runs")
     add_host(parser, "where to run (auto)")
     add("--full", action="store_true", help="show all measures, not only the main ones")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
@@ -115,8 +117,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run or load a comparison, then show and write it."""
-    from pyvmm.cli.support.signals import orderly
-
     files = {f"--{name}": getattr(args, name) for name in ("json", "html", "svg", "handover")}
     if args.source:
         with Outputs(files, keep=True) as outputs:
@@ -125,9 +125,7 @@ def run(args: argparse.Namespace) -> int:
     with Outputs(files, keep=True) as outputs:
         status, document = _forwarded(args, plan)
         if status is None:
-            found: list[dict[str, Any]] = []
-            status = orderly(lambda: _measure(args, plan, found))
-            document = found[0] if found else None
+            status, document = _measure(args, plan)
         if document is not None:
             shown = _show(args, outputs, document)
             status = status or shown
@@ -180,7 +178,7 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
     own += ["--repeat", str(args.repeat), "--seconds", str(args.seconds), "--cpus", str(args.cpus)]
     own += [f"--append={args.append}", *(["--quiet"] if args.quiet else [])]
     own += ["--reasons"] if args.reasons else []
-    own += [] if args.pin else ["--no-pin"]
+    own += ["--sandbox", args.sandbox, *([] if args.pin else ["--no-pin"])]
     for option in ("kernel", "initrd", "image"):
         if getattr(args, option):
             own.append(f"--{option}={getattr(args, option)}")
@@ -207,8 +205,9 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
         return status, None
 
 
-def _measure(args: argparse.Namespace, plan: Plan, found: list[dict[str, Any]]) -> int:
-    """Run the comparison here. Its results are in ``found``, however it ends."""
+def _measure(args: argparse.Namespace, plan: Plan) -> tuple[int, dict[str, Any] | None]:
+    """Run the comparison here; returns the exit status and the results, however it has ended."""
+    from pyvmm.cli.support.signals import orderly
     from pyvmm.compare.run import Comparison
     from pyvmm.images import CMDLINE, find
 
@@ -218,7 +217,15 @@ def _measure(args: argparse.Namespace, plan: Plan, found: list[dict[str, Any]]) 
         plan.kernel, plan.initrd = image.kernel, args.initrd or image.initrd
         plan.append = f"{CMDLINE} {args.append}".rstrip()
         plan.image = f"{image.name}: Linux {image.version}"
-    comparison = Comparison(plan, (lambda line: None) if args.quiet else _progress)
+    found: list[dict[str, Any]] = []
+    progress = (lambda line: None) if args.quiet else _progress
+    # The comparison comes first: `orderly` starts a thread.
+    with Comparison(plan, progress, sandbox=args.sandbox) as comparison:
+        status = orderly(lambda: _run(comparison, found))
+    return status, found[0] if found else None
+
+
+def _run(comparison: Comparison, found: list[dict[str, Any]]) -> int:
     try:
         comparison.run()
     finally:

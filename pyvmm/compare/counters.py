@@ -116,25 +116,34 @@ def debugfs_counts(directory: Path) -> dict[str, int]:
     return out
 
 
-class ExitTrace(Closing):
-    """Counts exits of the vCPUs of any process, by thread and reason: histograms on KVM's
-    tracepoints, in a tracing instance of its own.
+def trace_directory(pid: int) -> Path:
+    """Where process ``pid`` has the tracing instance of its ``ExitTrace``."""
+    return TRACEFS / "instances" / f"pyvmm-compare-{pid}"
 
-    :param reasons: also count exits in KVM, by the processor's reason; this slows down each exit.
-    :raises HostError: no tracefs, no permission, or a kernel without CONFIG_HIST_TRIGGERS.
+
+#: The most bytes that are read of a histogram.
+HISTOGRAM_MAX = 1 << 20
+
+
+class Histograms(Closing):
+    """Reads how often vCPUs have exited, by thread and reason, of the tracing instance that
+    somebody's ``ExitTrace`` has made. All files are opened here, so that this process can be
+    confined afterwards.
+
+    :param directory: of the instance. :param reasons: whether exits in KVM are traced, too.
+    :raises HostError: there is no instance, or no permission.
     """
 
-    def __init__(self, *, reasons: bool = False) -> None:
-        self._dir = TRACEFS / "instances" / f"pyvmm-compare-{os.getpid()}"
+    def __init__(self, directory: Path, *, reasons: bool) -> None:
+        self._dir = directory
         self._keys = {
             "kvm_userspace_exit": "reason",
             **({"kvm_exit": "exit_reason"} if reasons else {}),
         }
         self._names: dict[int, str] = {}
+        self._files: dict[str, Fd] = {}
         try:
-            self._dir.mkdir()
-            for event, key in self._keys.items():
-                self._event(event, "trigger").write_text(f"hist:keys=common_pid,{key}")
+            self._open()
             if reasons:
                 text = self._event("kvm_exit", "format").read_text()
                 self._names = reason_names(text, intel=Path("/sys/module/kvm_intel").is_dir())
@@ -145,14 +154,23 @@ class ExitTrace(Closing):
                 "be root, with tracefs mounted and a kernel with CONFIG_HIST_TRIGGERS",
             ) from e
 
+    def _open(self) -> None:
+        for event in self._keys:
+            path = self._event(event, "hist")
+            self._files[event] = Fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
     def _event(self, event: str, file: str) -> Path:
         return self._dir / "events/kvm" / event / file
 
     def _read(self, event: str, tids: Container[int]) -> list[tuple[int, int]]:
         """(key, count) for the threads ``tids``."""
-        text = self._event(event, "hist").read_text()
+        fd, data = self._files[event].fileno(), bytearray()
+        # Read from its beginning, the file is made anew.
+        while len(data) < HISTOGRAM_MAX and (piece := os.pread(fd, 1 << 16, len(data))):
+            data += piece
         rows = re.findall(
-            rf"common_pid:\s*(\d+), {self._keys[event]}:\s*(\d+) \}} hitcount:\s*(\d+)", text
+            rf"common_pid:\s*(\d+), {self._keys[event]}:\s*(\d+) \}} hitcount:\s*(\d+)",
+            data.decode(),
         )
         return [(int(key), int(count)) for pid, key, count in rows if int(pid) in tids]
 
@@ -177,7 +195,32 @@ class ExitTrace(Closing):
         return out
 
     def close(self) -> None:
+        """Close the files. A second call does nothing."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+class ExitTrace(Histograms):
+    """Counts exits of the vCPUs of any process, by thread and reason: histograms on KVM's
+    tracepoints, in a tracing instance of its own.
+
+    :param directory: of the instance, which does not exist yet (``trace_directory``).
+    :param reasons: also count exits in KVM, by the processor's reason; this slows down each exit.
+    :raises HostError: no tracefs, no permission, or a kernel without CONFIG_HIST_TRIGGERS.
+    """
+
+    def __init__(self, directory: Path | None = None, *, reasons: bool = False) -> None:
+        super().__init__(directory or trace_directory(os.getpid()), reasons=reasons)
+
+    def _open(self) -> None:
+        self._dir.mkdir()
+        for event, key in self._keys.items():
+            self._event(event, "trigger").write_text(f"hist:keys=common_pid,{key}")
+        super()._open()
+
+    def close(self) -> None:
         """Remove the instance. A second call does nothing."""
+        super().close()
         for event, key in self._keys.items():
             try:
                 self._event(event, "trigger").write_text(f"!hist:keys=common_pid,{key}")

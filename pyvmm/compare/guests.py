@@ -21,6 +21,7 @@ from pyvmm.errors import GuestEnded, GuestTimeout, HostError
 from pyvmm.host import peers
 from pyvmm.host.qemu import newest
 from pyvmm.host.tether import tethered
+from pyvmm.hostnet import tools
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.kvm.stats import Stats
 from pyvmm.machine import Machine
@@ -32,7 +33,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol, Self
 
-    from pyvmm.compare.counters import ExitTrace, Tasks
+    from pyvmm.compare.counters import Histograms, Tasks
     from pyvmm.compare.plan import Mode, Plan
     from pyvmm.hostnet.netns import Namespace
 
@@ -40,11 +41,15 @@ if TYPE_CHECKING:
         """A context manager that leaves nothing behind; ``open_guest`` makes it."""
 
         space: Namespace
+        sandbox: str | None  #: how its VMM is confined; None for another program
 
         def __enter__(self) -> Self: ...
         def __exit__(self, *exc: object) -> None: ...
         def boot(self) -> float:
             """Let the guest run until its servers listen; returns the seconds that this took."""
+
+        def check(self) -> None:
+            """:raises PyvmmError: why the guest has ended, if it is known."""
 
         def counts(self) -> dict[str, dict[str, int]]:
             """Groups of sums that only grow: ``causes`` and ``lines`` of the ledger, ``kvm``, the
@@ -83,17 +88,24 @@ def guest_command(p: Plan) -> list[str]:
     return ["sh", "-c", script]
 
 
-def open_guest(p: Plan, mode: Mode, trace: ExitTrace | None) -> Guest:
-    """The guest of a mode. It is made when the context is entered."""
-    kind = OwnGuest if mode.kind == "pyvmm" else PeerGuest
-    return kind(p, mode, trace)
+def open_guest(p: Plan, mode: Mode, trace: Histograms | None, sandbox: str) -> Guest:
+    """The guest of a mode. It is made when the context is entered.
+
+    :param sandbox: how this process is confined then, if the guest is pyvmm's.
+    """
+    if mode.kind == "pyvmm":
+        return OwnGuest(p, mode, trace, sandbox)
+    return PeerGuest(p, mode, trace)
 
 
 class OwnGuest:
-    """A guest of pyvmm, in this process. For vhost-user its card starts a back-end process."""
+    """A guest of pyvmm, in this process, which is confined for good once the guest is made. For
+    vhost-user its card starts a back-end process.
+    """
 
-    def __init__(self, p: Plan, mode: Mode, trace: ExitTrace | None) -> None:
-        self._plan, self._mode, self._trace = p, mode, trace
+    def __init__(self, p: Plan, mode: Mode, trace: Histograms | None, sandbox: str) -> None:
+        self._plan, self._mode, self._trace, self._want = p, mode, trace, sandbox
+        self.sandbox: str | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -120,12 +132,16 @@ class OwnGuest:
                 huge=self._mode.huge,
                 nets=[Net.parse(f"{self._mode.net},mac={plan.MAC}")],
                 command=guest_command(p),
+                sandbox=self._want,
             )
         )
         self._nic = self._vm.nets[0]
         self.space = self._nic.namespace
         self._tap = counters.TapCounters(self.space, TAP)
         stack.callback(self._tap.close)
+        tools.permit()
+        self._vm.confine()
+        self.sandbox = self._vm.sandbox
 
     def boot(self) -> float:
         """See Guest."""
@@ -148,6 +164,12 @@ class OwnGuest:
                 if time.monotonic() - start > BOOT_LIMIT:
                     raise GuestTimeout(f"the guest was not ready within {BOOT_LIMIT:g} s") from None
         return time.monotonic() - start
+
+    def check(self) -> None:
+        """See Guest."""
+        error = self._vm.outcome.error() if self._vm.outcome is not None else None
+        if error is not None:
+            raise error
 
     def counts(self) -> dict[str, dict[str, int]]:
         """See Guest."""
@@ -206,7 +228,9 @@ class OwnGuest:
 class PeerGuest:
     """The same guest on QEMU or kvmtool, counted from outside."""
 
-    def __init__(self, p: Plan, mode: Mode, trace: ExitTrace | None) -> None:
+    sandbox: str | None = None
+
+    def __init__(self, p: Plan, mode: Mode, trace: Histograms | None) -> None:
         self._plan, self._mode, self._trace = p, mode, trace
         self._stack = ExitStack()
         self._said = b""
@@ -315,6 +339,9 @@ class PeerGuest:
         except HostError as e:
             self._notes.append(str(e))
         return time.monotonic() - start
+
+    def check(self) -> None:
+        """See Guest. The workloads tell."""
 
     @staticmethod
     def _drain(fd: int) -> None:

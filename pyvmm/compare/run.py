@@ -1,71 +1,65 @@
-"""Runs a comparison: boots each mode in turn, several times, and counts each workload from its
-start to its end.
+"""Runs a comparison: boots each mode in turn, several times (``boot``), and keeps the results.
 
-A boot runs all workloads, one after another. Counters are read right before and right after a
-workload, so that neither the boot nor the other workloads are in its figures.
+Theory of operation. A guest of pyvmm has a process of its own for each boot (``apart``), which
+makes the machine, confines itself (docs/sandbox.md), and sends what it measures as soon as it has.
+The guest may take that process over: so what comes is checked (``facts``), and only that boot's.
+Other programs are started from here, and are not confined by pyvmm.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from contextlib import ExitStack, nullcontext
 from subprocess import SubprocessError
 
 from pyvmm import __version__
+from pyvmm.apart import Apart
 from pyvmm.compare import counters, plan
-from pyvmm.compare.guests import TOOL_LIMIT, open_guest
+from pyvmm.compare import facts as facts_of
+from pyvmm.compare.boot import BOOTED, MADE, SAID, WORKLOAD, Boot, limit
+from pyvmm.compare.facts import Reader
 from pyvmm.compare.ladder import steps
 from pyvmm.compare.pinning import pinned, possible
 from pyvmm.compare.stats import summarise
 from pyvmm.doctor import flavour
-from pyvmm.errors import (
-    HostError,
-    ImageError,
-    KvmForbidden,
-    KvmMissing,
-    KvmUnsuitable,
-    MemoryShort,
-    NetError,
-    PyvmmError,
-    UsageError,
-    VhostMissing,
-    VhostUserError,
-)
-from pyvmm.hostnet import tools
+from pyvmm.errors import HostError, MemoryShort, PyvmmError
+from pyvmm.fd import Closing
 from pyvmm.memory import parse_size
+from pyvmm.sandbox import longest, outlook
 from pyvmm.testbed.testbed import emulated
-from pyvmm.workloads import ToolFailed, read_ping, read_udp, received_mbit, run_tool
+from pyvmm.testing import answer, job
+from pyvmm.testing.answer import BadAnswer
+from pyvmm.testing.verdict import last_lines
+from pyvmm.threads import NoThread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pyvmm.compare.guests import Guest
+    from pyvmm.apart import Send
     from pyvmm.compare.plan import Mode, Plan
 
 SCHEMA = "pyvmm-compare/1"
-#: Errors that every other mode would meet, too.
-FOR_ALL = (KvmMissing, KvmForbidden, KvmUnsuitable, ImageError, MemoryShort, UsageError)
-#: Errors that the next repeat of the same mode would meet, too.
-FOR_MODE = (VhostMissing, NetError, VhostUserError)
-SAMPLES_MAX = 600  # samples that are kept per workload
-FEW_PACKETS = 10  # with fewer packets there are no figures per 1,000 packets
-LINES_MAX = 40  # lines of the ledger that are kept per workload, the most frequent ones
-SETTLE = 0.5  # seconds between workloads, so that no workload counts the last one's packets
 
 
-class Comparison:
+class Comparison(Closing):
     """Runs a plan and keeps the results. ``document`` may be called at any time, also after an
-    exception has ended ``run``.
+    exception has ended ``run``. A context manager: it has a process from the beginning, which
+    ``close`` ends.
+
+    Make it before this process has threads, because it forks a process that needs none of them.
 
     :param progress: called with one line of text for each step.
+    :param sandbox: ``auto``, ``on`` or ``off``: whether the process of each guest of pyvmm is
+        confined (docs/sandbox.md). This process never is.
+    :raises SandboxError: ``on``, and this host cannot confine a process.
+    :raises HostError: there can be no process.
     """
 
-    def __init__(self, p: Plan, progress: Callable[[str], None]) -> None:
-        self._plan, self._progress = p, progress
+    def __init__(self, p: Plan, progress: Callable[[str], None], *, sandbox: str = "auto") -> None:
+        self._plan, self._progress, self._want = p, progress, sandbox
         self._created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._runs: list[dict[str, Any]] = []
         self._modes: dict[str, dict[str, Any]] = {
@@ -84,6 +78,11 @@ class Comparison:
         self._complete = False
         self._pin = p.pin and possible(p.cpus)
         self._trace: counters.ExitTrace | None = None
+        self._trace_at = counters.trace_directory(os.getpid())
+        outlook(sandbox)
+        self._apart = Apart(
+            self._be_boot, most=answer.ANSWER_MAX, name=b"pyvmm-boot", heard=self._heard
+        )
 
     def run(self) -> None:
         """Run all modes, workloads and repeats.
@@ -102,11 +101,18 @@ class Comparison:
                     if self._modes[mode.name]["problem"] is None:
                         self._progress(f"{number}/{total} {mode.name}, repeat {repeat + 1}")
                         self._boot(mode, repeat)
-        self._complete = True
+        self._complete = not self._apart.stopped
+
+    def close(self) -> None:
+        """End the guest that runs; returns when nothing of it is left. A second call does
+        nothing.
+        """
+        self._apart.close()
 
     def _open_trace(self, stack: ExitStack) -> None:
         try:
-            self._trace = stack.enter_context(counters.ExitTrace(reasons=self._plan.reasons))
+            trace = counters.ExitTrace(self._trace_at, reasons=self._plan.reasons)
+            self._trace = stack.enter_context(trace)
         except HostError as e:
             for mode in self._plan.modes:
                 if self._plan.reasons or mode.kind != "pyvmm":
@@ -117,25 +123,37 @@ class Comparison:
         run: dict[str, Any] = {
             "mode": mode.name,
             "repeat": repeat,
+            "sandbox": None,
             "error": None,
             "boot_s": None,
             "workloads": [],
         }
-        try:
-            with open_guest(self._plan, mode, self._trace) as guest:
+
+        def take(kind: str, value: Any) -> None:
+            if kind == MADE:
                 self._runs.append(run)
-                run["boot_s"] = round(guest.boot(), 3)
-                got = guest.facts()
-                notes = [*facts["notes"], *got.pop("notes", [])]
-                facts |= {**got, "notes": list(dict.fromkeys(notes))}
-                with pinned(guest.tasks(), self._plan.cpus) if self._pin else nullcontext():
-                    self._warm_up(guest)
-                    for workload in self._plan.workloads:
-                        time.sleep(SETTLE)
-                        done = self._workload(guest, workload)
-                        run["workloads"].append(done)
-                        self._progress(f"  {outcome(done)}")
-        except FOR_ALL as e:
+                run["sandbox"] = value
+            elif kind == BOOTED:
+                run["boot_s"] = value.pop("boot_s")
+                notes = [*facts["notes"], *value.pop("notes", [])]
+                facts.update(value, notes=list(dict.fromkeys(notes)))
+            elif kind == SAID:
+                self._progress(f"  {value}")
+            elif kind == WORKLOAD:
+                run["workloads"].append(value)
+                self._progress(f"  {outcome(value)}")
+
+        try:
+            if mode.kind == "pyvmm":
+                self._boot_apart(mode, take)
+            else:
+                Boot(self._plan, pin=self._pin, tell=take).run(mode, self._trace, self._want)
+        except _Lost as e:
+            if run not in self._runs:
+                self._runs.append(run)
+            run["error"] = str(e)
+            self._progress(f"  {mode.name}: {e}")
+        except facts_of.FOR_ALL as e:
             if not (mode.huge and isinstance(e, MemoryShort)):
                 raise
             facts["problem"] = str(e)
@@ -143,66 +161,53 @@ class Comparison:
         except (PyvmmError, OSError, SubprocessError) as e:
             if run in self._runs:
                 run["error"] = str(e)
-            if run not in self._runs or isinstance(e, FOR_MODE):
+            if run not in self._runs or isinstance(e, facts_of.FOR_MODE):
                 facts["problem"] = str(e)
             self._progress(f"  {mode.name}: {e}")
 
-    def _warm_up(self, guest: Guest) -> None:
-        """Send pings that are not counted: both ends learn addresses, and Linux moves the first
-        interrupts of a new card to their CPU.
-        """
-        try:
-            self._tool(guest, tools.ping(plan.GUEST, 10, 0.05))
-        except HostError as e:
-            self._progress(f"  warming up: {e}")  # the workloads will report it, too
-
-    def _workload(self, guest: Guest, name: str) -> dict[str, Any]:
-        """Run a workload, and return what it counted."""
-        out: dict[str, Any] = {"name": name, "error": None, "seconds": None}
-        sampler = Sampler(guest, self._plan.samples)
-        before, tasks = guest.counts(), guest.tasks()
-        sampler.start()
-        start = time.monotonic()
-        result: dict[str, float | None] = {}
-        try:
-            try:
-                text = self._drive(guest, name)
-            finally:
-                seconds = time.monotonic() - start
-                samples = sampler.stop()
-                tasks_after, after = guest.tasks(), guest.counts()
-            result = read_result(name, text)
-        except HostError as e:
-            out["error"] = str(e)
-        out |= figures(before, after, seconds)
-        out["threads"] = counters.by_role(tasks, tasks_after)
-        out |= {"throughput_mbit_s": None, "rtt_ms": None, "loss_percent": None, **result}
-        out["samples"] = samples
-        return out
-
-    def _drive(self, guest: Guest, name: str) -> str:
-        """Run the workload itself; returns the output of its tool.
-
-        :raises HostError: the tool failed.
-        """
+    def _boot_apart(self, mode: Mode, take: Callable[[str, Any], None]) -> None:
+        """Boot a mode of pyvmm in a process of its own, and take what that says, as it comes."""
         p = self._plan
-        if name == "idle":
-            time.sleep(p.seconds)
-            return ""
-        if name == "ping":
-            count = max(1, round(p.seconds / plan.PING_INTERVAL))
-            return self._tool(guest, tools.ping(plan.GUEST, count, plan.PING_INTERVAL))
-        words = tools.iperf3(
-            plan.GUEST,
-            int(p.port(name)),
-            p.seconds,
-            reverse=not name.endswith("-rx"),
-            udp=(plan.UDP_BYTES, plan.UDP[name]) if name in plan.UDP else None,
-        )
-        return self._tool(guest, words)
+        self._reader = reader = Reader(p.workloads, take)
+        # This process waits, beside the tools, and checks what comes.
+        with pinned((), p.cpus) if self._pin else nullcontext():
+            self._apart.start(p.modes.index(mode), longest(limit(p)))
+            ended = self._apart.wait()
+        if ended is None:
+            return  # after ``close``
+        said = [answer.line(text) for text in last_lines(ended.said)]
+        death = job.death(ended, said, f"the boot did not end in {limit(p):g} s")
+        why = ""
+        if death is not None:
+            why = death.message
+        elif reader.bad is not None or not (reader.done or reader.error):
+            why = job.bad(reader.bad or BadAnswer("less than a boot")).verdict.message
+        if why:
+            raise _Lost(": ".join([why, *said[-1:]]))
+        if reader.error is not None:
+            raise reader.error
 
-    def _tool(self, guest: Guest, words: list[str]) -> str:
-        return run_tool(guest.space, words, self._plan.seconds + TOOL_LIMIT)
+    def _heard(self, number: int, data: bytes) -> None:
+        self._reader.feed(data)
+
+    def _be_boot(self, number: int, send: Send) -> None:
+        """Boot a mode once, in a process of its own, and send what there is to tell."""
+
+        def tell(kind: str, value: object) -> None:
+            send(facts_of.encode(kind, value))
+
+        p = self._plan
+        try:
+            with ExitStack() as stack:
+                trace = None
+                if p.reasons and self._trace_at.is_dir():  # else the command has said why
+                    trace = stack.enter_context(counters.Histograms(self._trace_at, reasons=True))
+                Boot(p, pin=self._pin, tell=tell).run(p.modes[number], trace, self._want)
+        except NoThread:
+            why = HostError("there can be no thread for this guest", "raise the limit: ulimit -u")
+            send(facts_of.encode_error(why))
+        except (PyvmmError, OSError, SubprocessError) as e:
+            send(facts_of.encode_error(e))
 
     def document(self) -> dict[str, Any]:
         """The results so far, as docs/compare.md describes them."""
@@ -242,89 +247,6 @@ class Comparison:
         return document
 
 
-class Sampler:
-    """Takes samples of a guest's exits, in a thread of its own that ends with ``stop``.
-
-    Their number is bounded: if there are too many samples, every second one is dropped and the
-    interval is doubled.
-    """
-
-    def __init__(self, guest: Guest, interval: float) -> None:
-        self._guest, self._interval = guest, interval
-        self._quit = threading.Event()
-        self._rows: list[tuple[float, int, int]] = []
-        self._thread = threading.Thread(target=self._run, name="compare-sampler", daemon=True)
-        self._begin = 0.0
-
-    def start(self) -> None:
-        """Begin to take samples."""
-        self._begin = time.monotonic()
-        self._thread.start()
-
-    def _look(self) -> None:
-        user, exits = self._guest.quick()
-        self._rows.append((round(time.monotonic() - self._begin, 3), user, exits))
-
-    def _run(self) -> None:
-        try:
-            self._look()
-            while not self._quit.wait(self._interval):
-                self._look()
-                if len(self._rows) >= SAMPLES_MAX:
-                    self._rows = self._rows[::2]
-                    self._interval *= 2
-        except (OSError, HostError):
-            pass  # the guest is gone, and the workload reports it
-
-    def stop(self) -> dict[str, list[float]]:
-        """Stop; returns the time of each sample in seconds, and the counts since the first."""
-        self._quit.set()
-        self._thread.join()
-        rows = self._rows
-        return {
-            "t": [row[0] for row in rows],
-            "user_exits": [row[1] - rows[0][1] for row in rows],
-            "kvm_exits": [row[2] - rows[0][2] for row in rows],
-        }
-
-
-def figures(
-    before: dict[str, dict[str, int]], after: dict[str, dict[str, int]], seconds: float
-) -> dict[str, Any]:
-    """What was counted between two readings. None: this mode does not count it."""
-
-    def delta(group: str) -> dict[str, int]:
-        return {name: value - before[group].get(name, 0) for name, value in after[group].items()}
-
-    lines = {name: count for name, count in delta("lines").items() if count}
-    causes, kvm, packets = delta("causes"), delta("kvm"), delta("packets")
-    moved = packets["packets_to_guest"] + packets["packets_from_guest"]
-    user = sum(causes.values()) if causes else None
-    exits = kvm.get("exits")
-
-    def per(count: int | None) -> float | None:
-        return (
-            round(1000 * count / moved, 3) if moved >= FEW_PACKETS and count is not None else None
-        )
-
-    return {
-        "seconds": max(round(seconds, 4), 1e-4),
-        "user_exits": user,
-        "causes": causes or None,
-        "reasons": delta("reasons") or None,
-        "lines": dict(sorted(lines.items(), key=lambda item: -item[1])[:LINES_MAX]),
-        "kvm": kvm,
-        "interrupts": kvm.get("irq_injections"),
-        "packets": packets,
-        "queues": delta("queues"),
-        "per_kpacket": {
-            "user_exits": per(user),
-            "kvm_exits": per(exits),
-            "interrupts": per(kvm.get("irq_injections")),
-        },
-    }
-
-
 def outcome(done: dict[str, Any]) -> str:
     """A workload's figures in one line of progress."""
     if done["error"]:
@@ -336,20 +258,5 @@ def outcome(done: dict[str, Any]) -> str:
     return f"{done['name']}: {', '.join(words)}"
 
 
-def read_result(name: str, text: str) -> dict[str, float | None]:
-    """The figures of a workload, from what its tool printed.
-
-    :raises HostError: the tool's output cannot be parsed.
-    """
-    try:
-        if name == "idle":
-            return {}
-        if name == "ping":
-            rtt, loss = read_ping(text)
-            return {"rtt_ms": rtt, "loss_percent": loss}
-        if name in plan.UDP:
-            rate, loss = read_udp(text)
-            return {"throughput_mbit_s": round(rate, 3), "loss_percent": round(loss, 2)}
-        return {"throughput_mbit_s": round(received_mbit(text), 3)}
-    except ToolFailed as e:
-        raise HostError(f"{name}: {e}") from e
+class _Lost(Exception):
+    """The process of a boot has not ended by itself and in order, or has sent something else."""

@@ -27,8 +27,8 @@ COUNTED = (
 )
 OUTPUT_MAX = 4000  # characters of a command's output that are kept
 CONSOLE_LINES = 30  # lines of the console that are kept of a cell that did not pass
-#: The most names of features, phases and notes; the largest figure.
-NAMES_MAX, FIGURE_MAX = 128, 1 << 62
+#: The most names of features, phases and notes.
+NAMES_MAX = 128
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 
 
@@ -46,9 +46,7 @@ def checked(found: dict[str, Any]) -> dict[str, Any]:
 def _figure(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadAnswer("a figure that is none")
-    if not -FIGURE_MAX <= value <= FIGURE_MAX:
-        raise BadAnswer("a figure that is too large")
-    return value
+    return answer.figure(value)
 
 
 def _count(value: object) -> float | None:

@@ -37,6 +37,8 @@ POINTS_LIMIT = 2 * points.POINTS_MAX
 POINTS_BYTES = points.TEXT_MAX + 12 * POINTS_LIMIT
 #: A larger report is left out: bytes of its JSON, values in it, and the depth of their nesting.
 REPORT_MAX, VALUES_MAX, DEPTH_MAX = 1 << 20, 1 << 16, 16
+#: The largest figure in a report.
+FIGURE_MAX = 1 << 62
 #: The parts of an answer in their order, each after its length in ``LENGTH`` bytes.
 PARTS = {
     "a verdict": VERDICT_MAX,
@@ -128,6 +130,13 @@ def decode(data: bytes) -> Answer:
     )
 
 
+def figure(value: float) -> float:
+    """:raises BadAnswer: the figure is too large."""
+    if not -FIGURE_MAX <= value <= FIGURE_MAX:
+        raise BadAnswer("a figure that is too large")
+    return value
+
+
 def line(text: str) -> str:
     """A text as a line of a verdict: without control characters, not too long."""
     return clean(text[:LINE_MAX])
@@ -211,8 +220,14 @@ def _points(texts: list[str]) -> list[Point]:
 
 
 def _report(data: bytes) -> dict[str, Any] | None:
-    if not data:
-        return None
+    return parsed(data) if data else None
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """The object of JSON in a report.
+
+    :raises BadAnswer: there is none, or it is larger or deeper than a report may be.
+    """
     _check_size(data)
     try:
         found = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)

@@ -65,14 +65,14 @@ def figures(document: dict[str, Any], mode: str, workload: str) -> dict[str, Any
 
 def test_the_classic_result(host: Host, tmp_path: Path) -> None:
     """notify=exit: one exit to userspace a kick. vhost-net: none, and nothing in the VMM wakes up
-    for a packet.
+    for a packet. Each is counted in a process that is confined.
     """
     modes = ["emulated:notify=exit", "vhost-net"]
     child = compare(
         host,
         tmp_path,
         *("--modes", ",".join(modes), "--peers", "kvmtool", "--workload", "ping,tcp-tx"),
-        *("--repeat", "1", "--seconds", "1"),
+        *("--repeat", "1", "--seconds", "1", "--reasons", "--sandbox", "on"),
     )
     out, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 1, (out, err)  # kvmtool is not there
@@ -80,6 +80,7 @@ def test_the_classic_result(host: Host, tmp_path: Path) -> None:
     document = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(document, schema())
     assert not document["partial"] and [r["mode"] for r in document["runs"]] == modes
+    assert [r["sandbox"] for r in document["runs"]] == ["on", "on"], document["runs"]
     for workload in ("ping", "tcp-tx"):
         exit_, vhost = (figures(document, mode, workload) for mode in modes)
         frames = exit_["packets"]["packets_from_guest"] + exit_["packets"]["packets_to_guest"]
@@ -98,6 +99,7 @@ def test_the_classic_result(host: Host, tmp_path: Path) -> None:
                 abs(one["kvm"]["mmio_exits"] - one["causes"]["notify"] - one["causes"]["mmio"]) <= 3
             ), one
             assert len(one["samples"]["t"]) > 2, one
+            assert sum(one["reasons"].values()) > one["user_exits"], one
         assert exit_["threads"]["worker"]["voluntary"] > 0 and "vhost" not in exit_["threads"]
         assert vhost["threads"]["vhost"]["voluntary"] > 0 and "worker" not in vhost["threads"]
         assert vhost["threads"]["vmm"]["voluntary"] == 0, vhost["threads"]
@@ -170,6 +172,7 @@ def test_ctrl_c(host: Host, tmp_path: Path) -> None:
     assert "PARTIAL: broken off after 1 of 1000 boots" in out and "Traceback" not in err, (out, err)
     document = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(document, schema())
+    assert document["runs"][0]["sandbox"] == "on", document["runs"]
     ping = figures(document, "vhost-user", "ping")
     assert document["partial"] and ping["user_exits"] == 0
     backend = ping["threads"]["backend"]

@@ -8,11 +8,13 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -23,12 +25,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm import cli
+from pyvmm import sandbox as sandbox_of
 from pyvmm.cli.support.signals import Terminated
-from pyvmm.compare import counters, html, plan, run, schema, stats, svg
+from pyvmm.compare import boot, counters, facts, html, plan, schema, stats, svg
 from pyvmm.compare.pinning import pinned, possible
 from pyvmm.compare.run import Comparison
-from pyvmm.errors import GuestTimeout, HostError, ImageError, KvmMissing, UsageError, VhostMissing
+from pyvmm.errors import (
+    GuestTimeout,
+    HostError,
+    ImageError,
+    KvmMissing,
+    NetForbidden,
+    PyvmmError,
+    SandboxError,
+    ThreadStopped,
+    UsageError,
+    VhostMissing,
+)
 from pyvmm.threads import Thread
+from tests.driver import wait_for
 
 if TYPE_CHECKING:
     from pyvmm.exits.ledger import Ledger
@@ -198,7 +213,7 @@ def test_figures_are_differences() -> None:
             "queues": {},
         }
 
-    got = run.figures(
+    got = boot.figures(
         at({"notify": 5, "pio": 1}, {"exits": 100, "irq_injections": 7}, (10, 20)),
         at({"notify": 9, "pio": 1}, {"exits": 150, "irq_injections": 8, "new": 2}, (110, 120)),
         2.0,
@@ -207,7 +222,7 @@ def test_figures_are_differences() -> None:
     assert got["kvm"] == {"exits": 50, "irq_injections": 1, "new": 2} and got["interrupts"] == 1
     assert got["per_kpacket"] == {"user_exits": 20.0, "kvm_exits": 250.0, "interrupts": 5.0}
     assert got["lines"] == {"a": 4}
-    unknown = run.figures(at({}, {}, (0, 0)), at({}, {}, (0, 0)), 1.0)
+    unknown = boot.figures(at({}, {}, (0, 0)), at({}, {}, (0, 0)), 1.0)
     assert unknown["user_exits"] is None and set(unknown["per_kpacket"].values()) == {None}
 
 
@@ -220,22 +235,22 @@ rtt min/avg/max/mdev = 2.556/6.157/14.104/4.225 ms
 
 
 def test_results_of_the_tools() -> None:
-    assert run.read_result("ping", PING) == {"rtt_ms": 6.157, "loss_percent": 5.0}
+    assert boot.read_result("ping", PING) == {"rtt_ms": 6.157, "loss_percent": 5.0}
     tcp = {"end": {"sum_received": {"bits_per_second": 5e8}}}
-    assert run.read_result("tcp-tx", json.dumps(tcp)) == {"throughput_mbit_s": 500.0}
+    assert boot.read_result("tcp-tx", json.dumps(tcp)) == {"throughput_mbit_s": 500.0}
     udp = {"end": {"sum": {"bits_per_second": 512000, "lost_percent": 50}}}
-    assert run.read_result("udp-small", json.dumps(udp)) == {
+    assert boot.read_result("udp-small", json.dumps(udp)) == {
         "throughput_mbit_s": 0.256,
         "loss_percent": 50,
     }
-    assert run.read_result("idle", "") == {}
+    assert boot.read_result("idle", "") == {}
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", '{"end": 3}', '{"error": "busy"}', "\ufffd\0"])
 @pytest.mark.parametrize("workload", ["ping", "tcp-rx", "udp-small"])
 def test_nonsense_of_the_tools_is_an_error(workload: str, text: str) -> None:
     with pytest.raises(HostError, match=workload):
-        run.read_result(workload, text)
+        boot.read_result(workload, text)
 
 
 def test_names_of_the_processors_reasons() -> None:
@@ -477,10 +492,27 @@ def test_no_empty_files_are_left(capsys: pytest.CaptureFixture[str], tmp_path: P
 # --- a run, with what can go wrong ----------------------------------------------------------------
 
 
+class Log:
+    """What guests do, in whatever process: (mode, step)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.touch()
+
+    def add(self, mode: str, what: str) -> None:
+        with self._path.open("a") as f:
+            f.write(f"{mode} {what}\n")
+
+    @property
+    def steps(self) -> list[tuple[str, ...]]:
+        return [tuple(line.split()) for line in self._path.read_text().splitlines()]
+
+
 class FakeGuest:
     """A guest that counts, and does what ``script`` says at each step (mode, what)."""
 
     space = None
+    sandbox = "on"
 
     def __init__(self, script: Callable[..., Any], mode: str) -> None:
         self._script, self._mode, self._n = script, mode, 0
@@ -495,9 +527,12 @@ class FakeGuest:
     def __exit__(self, *exc: Any) -> None:
         self._do("close")
 
-    def boot(self) -> float | None:
+    def boot(self) -> float:
         self._do("boot")
         return 1.0
+
+    def check(self) -> None:
+        self._do("check")
 
     def counts(self) -> dict[str, dict[Any, Any] | dict[str, int]]:
         self._n += 1
@@ -524,47 +559,75 @@ class FakeGuest:
         return 0, 0
 
     def tasks(self) -> dict[tuple[str, int], tuple[int, int, int]]:
-        return {("vcpu", 1): (self._n * 10**9, self._n, 0)}
+        return {("vcpu", threading.get_native_id()): (self._n * 10**9, self._n, 0)}
 
     def facts(self) -> dict[str, list[str] | str]:
         return {"version": "x", "offered": ["A", "B"], "negotiated": ["A"]}
 
 
-def compare_with(
-    monkeypatch: pytest.MonkeyPatch, script: Callable[..., Any], **options: Any
-) -> tuple[Comparison, list[Any], list[Any]]:
-    """(comparison, log of (mode, step)): a run whose guests are fakes."""
-    log = []
-
-    def step(mode: str, what: str) -> None:
-        log.append((mode, what))
-        script(mode, what)
-
-    monkeypatch.setattr(run, "open_guest", lambda p, mode, trace: FakeGuest(step, mode.name))
-    monkeypatch.setattr(run, "SETTLE", 0)
-    monkeypatch.setattr(run.Comparison, "_tool", lambda self, guest, argv: PING)
-    options = {
-        "workloads": "ping,idle",
-        "seconds": 0.2,
-        "repeat": 2,
-        "modes": "emulated,vhost-net",
-        **options,
-    }
-    said: list[str] = []
-    return run.Comparison(plan.Plan(**options), said.append), log, said
+def quiet(mode: str, what: str) -> None:
+    """A guest that just works."""
 
 
-def test_modes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    comparison, log, _ = compare_with(monkeypatch, lambda mode, what: None)
+def ping(self: boot.Boot, guest: FakeGuest, words: list[str]) -> str:
+    """In the place of a tool."""
+    return PING
+
+
+Comparing = Callable[..., tuple[Comparison, Log, list[str]]]
+
+
+@pytest.fixture
+def compare_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Comparing]:
+    """Makes a run whose guests are fakes: (comparison, log of their steps, progress)."""
+    with ExitStack() as stack:
+
+        def make(
+            script: Callable[..., Any] = quiet,
+            *,
+            use: Callable[..., str] = ping,
+            progress: Callable[[str], None] | None = None,
+            **options: Any,
+        ) -> tuple[Comparison, Log, list[str]]:
+            log = Log(tmp_path / "log")
+
+            def step(mode: str, what: str) -> None:
+                log.add(mode, what)
+                script(mode, what)
+
+            def fake(p: plan.Plan, mode: plan.Mode, trace: None, sandbox: str) -> FakeGuest:
+                return FakeGuest(step, mode.name)
+
+            # Before the comparison, whose process for jobs has what is here by then.
+            monkeypatch.setattr(boot, "open_guest", fake)
+            monkeypatch.setattr(boot, "SETTLE", 0)
+            monkeypatch.setattr(boot.Boot, "_use", use)
+            options = {
+                "workloads": "ping,idle",
+                "seconds": 0.2,
+                "repeat": 2,
+                "modes": "emulated,vhost-net",
+                **options,
+            }
+            said: list[str] = []
+            made = Comparison(plan.Plan(**options), progress or said.append)
+            return stack.enter_context(made), log, said
+
+        yield make
+
+
+def test_modes_take_turns(compare_with: Comparing) -> None:
+    comparison, log, _ = compare_with()
     comparison.run()
     document = comparison.document()
-    assert [m for m, what in log if what == "boot"] == ["emulated", "vhost-net"] * 2
-    assert log[-1][1] == "close" and not document["partial"]
+    assert [m for m, what in log.steps if what == "boot"] == ["emulated", "vhost-net"] * 2
+    assert log.steps[-1][1] == "close" and not document["partial"]
     assert schema.check(document) == "" and cli_complete(document)
     entry = stats.Figures(document).get("ping", "vhost-net", "user_exits")
     assert entry is not None
     assert (entry["n"], entry["median"], entry["verdict"]) == (2, 1, stats.NOISE)
     assert document["modes"][0]["negotiated"] == ["A"]
+    assert [one["sandbox"] for one in document["runs"]] == ["on"] * 4
 
 
 def cli_complete(document: dict[Any, Any]) -> bool:
@@ -573,38 +636,93 @@ def cli_complete(document: dict[Any, Any]) -> bool:
     return complete(document)
 
 
-def test_what_a_mode_lacks_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_boot_has_a_process(compare_with: Comparing, tmp_path: Path) -> None:
+    def script(mode: str, what: str) -> None:
+        if what == "make":
+            (tmp_path / f"{os.getpid()}.pid").write_text(mode)
+
+    comparison, _, _ = compare_with(script)
+    comparison.run()
+    modes = sorted(path.read_text() for path in tmp_path.glob("*.pid"))
+    assert modes == ["emulated", "emulated", "vhost-net", "vhost-net"]
+    assert not (tmp_path / f"{os.getpid()}.pid").exists()
+
+
+def test_other_programs_are_started_from_here(compare_with: Comparing, tmp_path: Path) -> None:
+    def script(mode: str, what: str) -> None:
+        if what == "make":
+            (tmp_path / mode).write_text(str(os.getpid()))
+
+    comparison, _, _ = compare_with(script, modes="emulated", peers="kvmtool", repeat=1)
+    comparison.run()
+    assert (tmp_path / "kvmtool").read_text() == str(os.getpid())
+    assert (tmp_path / "emulated").read_text() != str(os.getpid())
+
+
+def test_progress_comes_while_the_guest_runs(compare_with: Comparing, tmp_path: Path) -> None:
+    """The guest ends after its last workload's line only."""
+    seen = tmp_path / "seen"
+
+    def script(mode: str, what: str) -> None:
+        if what == "close":
+            assert wait_for(seen.exists)
+
+    def progress(line: str) -> None:
+        if line.startswith("  idle: "):
+            seen.touch()
+
+    comparison, _, _ = compare_with(script, progress=progress, modes="emulated", repeat=1)
+    comparison.run()
+    assert cli_complete(comparison.document())
+
+
+def test_what_a_mode_lacks_is_said_once(compare_with: Comparing) -> None:
     def script(mode: str, what: str) -> None:
         if mode == "vhost-net" and what == "make":
             raise VhostMissing("cannot open /dev/vhost-net", "modprobe vhost_net")
 
-    comparison, log, said = compare_with(monkeypatch, script)
+    comparison, log, said = compare_with(script)
     comparison.run()
     document = comparison.document()
-    assert log.count(("vhost-net", "make")) == 1 and log.count(("emulated", "boot")) == 2
+    assert log.steps.count(("vhost-net", "make")) == 1
+    assert log.steps.count(("emulated", "boot")) == 2
     assert document["modes"][1]["problem"] == "cannot open /dev/vhost-net; modprobe vhost_net"
     assert not document["partial"] and not cli_complete(document) and schema.check(document) == ""
     assert any("vhost-net cannot run here: cannot open" in line for line in stats.remarks(document))
     assert any("cannot open" in line for line in said)
 
 
+def test_what_breaks_a_mode_later_is_said_once(compare_with: Comparing) -> None:
+    def script(mode: str, what: str) -> None:
+        if (mode, what) == ("vhost-net", "boot"):
+            raise NetForbidden("no bridge", "ask for one")
+
+    comparison, log, _ = compare_with(script)
+    comparison.run()
+    document = comparison.document()
+    assert log.steps.count(("vhost-net", "boot")) == 1
+    assert document["modes"][1]["problem"] == "no bridge; ask for one"
+    assert [r["error"] for r in document["runs"]] == [None, "no bridge; ask for one", None]
+
+
 @pytest.mark.parametrize(
     "error", [GuestTimeout("the guest was not ready"), OSError(24, "the guest was not")]
 )
-def test_a_failed_boot_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
-    times = []
+def test_a_failed_boot_is_no_reason_to_stop(
+    compare_with: Comparing, tmp_path: Path, error: Any
+) -> None:
+    log = Log(tmp_path / "log")
 
     def script(mode: str, what: str) -> None:
-        if (mode, what) == ("emulated", "boot"):
-            times.append(1)
-            if len(times) == 1:
-                raise error
+        if (mode, what) == ("emulated", "boot") and log.steps.count((mode, what)) == 1:
+            raise error
 
-    comparison, log, _ = compare_with(monkeypatch, script)
+    comparison, _, _ = compare_with(script)
     comparison.run()
     document = comparison.document()
     assert [r["error"] is None for r in document["runs"]] == [False, True, True, True]
-    assert log.count(("emulated", "close")) == 2 and document["modes"][0]["problem"] is None
+    assert log.steps.count(("emulated", "close")) == 2
+    assert document["modes"][0]["problem"] is None
     assert not cli_complete(document) and schema.check(document) == ""
     assert any(
         line.startswith("emulated, repeat 1 failed:") and "the guest was not" in line
@@ -612,60 +730,235 @@ def test_a_failed_boot_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, err
     )
 
 
-@pytest.mark.parametrize("error", [KvmMissing("no /dev/kvm"), ImageError("no image")], ids=str)
-def test_what_all_lack_ends_it(
-    monkeypatch: pytest.MonkeyPatch, error: ImageError | KvmMissing
-) -> None:
+def test_a_guest_that_ends_early_is_an_error(compare_with: Comparing) -> None:
+    def script(mode: str, what: str) -> None:
+        if (mode, what) == ("emulated", "check"):
+            raise ThreadStopped("a thread asked for execve()")
+
+    comparison, _, _ = compare_with(script, repeat=1)
+    comparison.run()
+    first, second = comparison.document()["runs"]
+    assert first["error"] == "a thread asked for execve()" and len(first["workloads"]) == 2
+    assert second["error"] is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KvmMissing("no /dev/kvm", "x"), ImageError("no image"), SandboxError("no", "--sandbox off")],
+    ids=str,
+)
+def test_what_all_lack_ends_it(compare_with: Comparing, error: PyvmmError) -> None:
     def script(mode: str, what: str) -> None:
         if what == "make":
             raise error
 
-    comparison, log, _ = compare_with(monkeypatch, script)
-    with pytest.raises(type(error)):
+    comparison, log, _ = compare_with(script)
+    with pytest.raises(type(error), match=re.escape(str(error))):
         comparison.run()
-    assert log == [("emulated", "make")]
+    assert log.steps == [("emulated", "make")]
 
 
-def test_broken_off_is_partial(monkeypatch: pytest.MonkeyPatch) -> None:
-    def script(mode: str, what: str) -> None:
-        if (mode, what) == ("vhost-net", "boot"):
+def test_broken_off_is_partial(compare_with: Comparing) -> None:
+    """In the middle of a boot, whose workloads up to then are kept; and the guest is gone."""
+    lines = []
+
+    def progress(line: str) -> None:
+        lines.append(line)
+        if "vhost-net" in lines[-2:][0] and line.startswith("  ping: "):
             raise Terminated(2)
 
-    comparison, log, _ = compare_with(monkeypatch, script)
+    def script(mode: str, what: str) -> None:
+        if (mode, what) == ("vhost-net", "check"):
+            signal.pause()
+
+    comparison, log, _ = compare_with(script, progress=progress)
     with pytest.raises(Terminated):
         comparison.run()
     document = comparison.document()
-    assert (
-        document["partial"] and log[-1] == ("vhost-net", "close") and schema.check(document) == ""
-    )
-    assert [len(r["workloads"]) for r in document["runs"]] == [2, 0]
-    assert "PARTIAL: broken off" in stats.remarks(document)[0] and "Partial results" in html.page(
-        document
-    )
+    assert document["partial"] and schema.check(document) == ""
+    assert [len(r["workloads"]) for r in document["runs"]] == [2, 1]
+    assert "PARTIAL: broken off" in stats.remarks(document)[0]
+    assert "Partial results" in html.page(document)
+    comparison.close()
+    assert ("vhost-net", "close") not in log.steps
 
 
-def test_a_failed_workload_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    comparison, _, _ = compare_with(monkeypatch, lambda mode, what: None)
-
-    def fail(self: Comparison, guest: FakeGuest, argv: list[str]) -> None:
+def test_a_failed_workload_counts_for_nothing(compare_with: Comparing) -> None:
+    def fail(self: boot.Boot, guest: FakeGuest, words: list[str]) -> str:
         raise HostError("ping failed: no route")
 
-    monkeypatch.setattr(run.Comparison, "_tool", fail)
+    comparison, _, said = compare_with(use=fail)
     comparison.run()
     document = comparison.document()
     assert {w["error"] for r in document["runs"] for w in r["workloads"]} == {
         "ping failed: no route",
         None,
     }
+    assert said[1] == "  warming up: ping failed: no route"
     assert stats.Figures(document).get("ping", "emulated", "user_exits") is None
     assert not cli_complete(document) and schema.check(document) == ""
 
 
+def test_sandbox_on_that_is_impossible(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_of, "_why_no_files", lambda: "no Landlock")
+    status, out, err = command(capsys, "--host", "local", "--kernel", "k", "--sandbox", "on")
+    line = "pyvmm: --sandbox on: no Landlock; use --sandbox auto, or off\n"
+    assert (status, out, err) == (132, "", line)
+
+
+# --- a guest that has taken the process of its boot over ------------------------------------------
+
+
+def figures_of(name: str, **changes: Any) -> dict[str, Any]:
+    """Figures of a workload as they should be, but for some changes."""
+    found: dict[str, Any] = json.loads(RECORD.read_text())["runs"][0]["workloads"][0]
+    return {**found, "name": name, **changes}
+
+
+Send = Callable[[bytes], None]
+FACTS = {"boot_s": 1.0, "version": "x", "offered": [], "negotiated": []}
+ODD: dict[str, list[int]] = {"t": [], "user_exits": [1], "kvm_exits": []}
+BEGIN = [(boot.MADE, "on"), (boot.BOOTED, FACTS)]
+PINGED = (boot.WORKLOAD, figures_of("ping"))
+IDLE = (boot.WORKLOAD, figures_of("idle"))
+#: What a process sends (messages, or bytes) -> what is said of its boot, and how many workloads it
+#: has then.
+LIES: dict[str, tuple[list[Any], str | None, int]] = {
+    "nothing": ([], "less than a boot", 0),
+    "only that it is made": ([*BEGIN[:1]], "less than a boot", 0),
+    "not all workloads": ([*BEGIN, PINGED], "less than a boot", 1),
+    "an end before the end": ([*BEGIN, PINGED, (boot.DONE, None)], "'done' out of turn", 1),
+    "another order": ([*BEGIN, IDLE], "'workload' out of turn", 0),
+    "one of them twice": ([*BEGIN, PINGED, PINGED], "'workload' out of turn", 1),
+    "more than all": ([*BEGIN, PINGED, IDLE, (boot.DONE, None), IDLE], "more than a boot", 2),
+    "made twice": ([*BEGIN, BEGIN[0]], "'made' out of turn", 0),
+    "a message nobody knows": ([*BEGIN, ("mode", "other")], "an unknown message", 0),
+    "no message": ([*BEGIN, b"\0\0\0\2[]"], "a report that is no object", 0),
+    "half a message": ([*BEGIN, PINGED, b"\0\0\0\2["], "less than a boot", 1),
+    "a large message": ([*BEGIN, b"\x7f\0\0\0{"], "a message of more than 1024 KiB", 0),
+    "no JSON": ([b"\0\0\0\x10" * 1024], "a report that is no JSON", 0),
+    "a lie about the host": (
+        [*BEGIN, PINGED, (facts.FAILED, ["KvmMissing", "no\x1b[2J", ""])],
+        "no\N{REPLACEMENT CHARACTER}[2J",
+        1,
+    ),
+    "too many lines": ([*BEGIN, *[(boot.SAID, "x")] * 17], "too many lines", 0),
+    "a line too early": ([(boot.SAID, "x")], "too many lines", 0),
+    "an unknown field": (
+        [*BEGIN, (boot.WORKLOAD, figures_of("ping", verdict="differs"))],
+        "'workload' of another shape",
+        0,
+    ),
+    "an unknown fact": (
+        [BEGIN[0], (boot.BOOTED, {**FACTS, "kind": "qemu"})],
+        "'booted' of another shape",
+        0,
+    ),
+    "a figure that is none": (
+        [*BEGIN, (boot.WORKLOAD, figures_of("ping", rtt_ms="fast"))],
+        "'workload' of another shape",
+        0,
+    ),
+    "a large figure": (
+        [*BEGIN, (boot.WORKLOAD, figures_of("ping", rtt_ms=10**4000))],
+        "a figure that is too large",
+        0,
+    ),
+    "no number": (
+        [*BEGIN, (boot.WORKLOAD, figures_of("ping", rtt_ms=float("nan")))],
+        "a report that is no JSON",
+        0,
+    ),
+    "a moved cursor": (
+        [
+            BEGIN[0],
+            (boot.BOOTED, {**FACTS, "version": "\x1b[2J"}),
+            (boot.WORKLOAD, figures_of("ping", lines={"\x1b[2J\n": 3})),
+            (
+                boot.WORKLOAD,
+                figures_of("idle", samples={"t": [], "user_exits": [1], "kvm_exits": []}),
+            ),
+            (boot.DONE, None),
+        ],
+        None,
+        2,
+    ),
+}
+
+
+def first_boot(
+    monkeypatch: pytest.MonkeyPatch, deed: Callable[[Callable[..., None]], None]
+) -> None:
+    """Have the process of the first mode do something else than to boot."""
+    real = Comparison._be_boot
+
+    def other(self: Comparison, number: int, send: Send) -> None:
+        if number:
+            real(self, number, send)
+        else:
+            deed(send)
+
+    monkeypatch.setattr(Comparison, "_be_boot", other)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_hostile_process(
+    monkeypatch: pytest.MonkeyPatch, compare_with: Comparing, lie: str
+) -> None:
+    """Whatever it sends: that is said of its own boot, and the next one runs."""
+    messages, why, kept = LIES[lie]
+
+    def deed(send: Send) -> None:
+        for one in messages:
+            send(one if isinstance(one, bytes) else facts.encode(*one))
+
+    first_boot(monkeypatch, deed)
+    comparison, _, said = compare_with(repeat=1)
+    comparison.run()
+    document = comparison.document()
+    mine, other = document["runs"]
+    assert (mine["mode"], mine["repeat"], len(mine["workloads"])) == ("emulated", 0, kept)
+    assert mine["error"] is None if why is None else why in mine["error"], mine["error"]
+    assert other["error"] is None and len(other["workloads"]) == 2
+    assert document["modes"][0]["problem"] is None and document["modes"][0]["kind"] == "pyvmm"
+    assert schema.check(document) == "" and "\x1b" not in "".join(said)
+    assert "\x1b" not in html.page(document)
+
+
+@pytest.mark.parametrize(
+    ("deed", "why"),
+    [
+        (lambda send: os._exit(3), "has failed, with status 3"),
+        (lambda send: os.kill(os.getpid(), signal.SIGKILL), "was killed (SIGKILL)"),
+        (lambda send: 1 // 0, "with status 1: ZeroDivisionError"),
+        (
+            lambda send: [send(facts.encode(boot.SAID, "x" * 1000)) for _ in range(10**4)],
+            "has sent more than 4 MiB",
+        ),
+    ],
+    ids=["status", "signal", "error", "flood"],
+)
+def test_a_process_that_ends_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    compare_with: Comparing,
+    deed: Callable[[Send], Any],
+    why: str,
+) -> None:
+    first_boot(monkeypatch, deed)
+    comparison, _, _ = compare_with(repeat=1)
+    comparison.run()
+    document = comparison.document()
+    assert why in document["runs"][0]["error"]
+    assert document["modes"][0]["problem"] is None and document["runs"][1]["error"] is None
+
+
 def test_samples_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "SAMPLES_MAX", 8)
+    monkeypatch.setattr(boot, "SAMPLES_MAX", 8)
     count = iter(range(10**6))
     guest = SimpleNamespace(quick=lambda: (n := next(count), 2 * n))
-    sampler = run.Sampler(guest, 1e-4)
+    sampler = boot.Sampler(guest, 1e-4)
     sampler.start()
     while next(count) < 200:
         pass
