@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm import cli
+from pyvmm import cli, helper
 from pyvmm import sandbox as sandbox_of
 from pyvmm.cli.support.signals import Terminated
 from pyvmm.compare import boot, counters, facts, html, plan, schema, stats, svg
@@ -797,6 +797,37 @@ def test_a_failed_workload_counts_for_nothing(compare_with: Comparing) -> None:
     assert said[1] == "  warming up: ping failed: no route"
     assert stats.Figures(document).get("ping", "emulated", "user_exits") is None
     assert not cli_complete(document) and schema.check(document) == ""
+
+
+def test_the_helper_is_where_the_tools_are(
+    monkeypatch: pytest.MonkeyPatch, compare_with: Comparing, tmp_path: Path
+) -> None:
+    """It forks them, so it has no CPU of a vCPU's; nor has this process, which checks figures."""
+    if not possible(1):
+        pytest.skip("one CPU")
+    allowed = os.sched_getaffinity(0)
+    child = subprocess.Popen(["sleep", "1000"])
+
+    def look(self: boot.Boot, guest: FakeGuest, words: list[str]) -> str:
+        (tmp_path / "cpus").write_text(str(sorted(os.sched_getaffinity(child.pid))))
+        return PING
+
+    seen = []
+    try:
+        monkeypatch.setattr(helper, "current", lambda: SimpleNamespace(pid=child.pid))
+        comparison, _, _ = compare_with(
+            use=look,
+            progress=lambda line: seen.append(os.sched_getaffinity(0)),
+            modes="emulated",
+            repeat=1,
+        )
+        comparison.run()
+    finally:
+        child.kill()
+        child.wait()
+    rest = allowed - {min(allowed)}
+    assert (tmp_path / "cpus").read_text() == str(sorted(rest))
+    assert seen == [allowed, rest, rest] and os.sched_getaffinity(0) == allowed
 
 
 def test_sandbox_on_that_is_impossible(
