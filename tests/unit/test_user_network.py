@@ -246,9 +246,15 @@ def test_the_child_ends_with_its_card() -> None:
 
 def test_the_wait_for_the_child_can_be_cut() -> None:
     """By the end of the machine, from another thread, while the child is still starting."""
-    stack = UserStack(f"{HOST}/24", f"{GUEST}/24", 1500, loopback=True)
-    assert stack.pid is not None
-    os.kill(stack.pid, signal.SIGSTOP)
+    while True:
+        stack = UserStack(f"{HOST}/24", f"{GUEST}/24", 1500, loopback=True)
+        assert stack.pid is not None
+        os.kill(stack.pid, signal.SIGSTOP)
+        assert os.waitid(os.P_PID, stack.pid, os.WSTOPPED) is not None
+        if not select.select([stack.fds[0]], [], [], 0)[0]:
+            break
+        os.kill(stack.pid, signal.SIGKILL)  # the child was quicker
+        stack.close()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(stack.need)
         stack.cut()
