@@ -241,7 +241,7 @@ class Apart(Closing):
         """
         if self._failed:
             return None if self.stopped else self._failed.popleft()
-        while True:
+        while self._channel.fileno() >= 0:
             ready = self._ready()
             for one in list(self._running.values()):
                 if one.out.fd in ready:
@@ -255,6 +255,7 @@ class Apart(Closing):
                 if self._attended >= one.until and not one.killed:
                     one.end.late = True
                     self._kill(one)
+        return None  # after ``close``
 
     def _ready(self) -> set[int]:
         """Wait for descriptors, or for the end of the next process's time."""

@@ -234,7 +234,9 @@ def _run(comparison: Comparison, found: list[dict[str, Any]]) -> int:
 
 
 def _progress(line: str) -> None:
-    print(f"pyvmm compare: {line}", file=sys.stderr, flush=True)
+    from pyvmm.cli.support.verdicts import quoted
+
+    print(*quoted([f"pyvmm compare: {line}"]), file=sys.stderr, flush=True)
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -306,6 +308,7 @@ def _print_table(document: dict[str, Any], *, full: bool) -> None:
     from rich.measure import Measurement
     from rich.text import Text
 
+    from pyvmm.cli.support.verdicts import quoted
     from pyvmm.compare import ladder
     from pyvmm.compare.stats import remarks
 
@@ -319,7 +322,7 @@ def _print_table(document: dict[str, Any], *, full: bool) -> None:
             width=min(max(width, len(str(table.title)) + 2, 80), MAX_WIDTH), highlight=False
         )
     console.print(table)
-    for line in [*([ladder.remark(document)] if climb else ()), *remarks(document)]:
+    for line in quoted([*([ladder.remark(document)] if climb else ()), *remarks(document)]):
         console.print(Text(line), soft_wrap=True)
 
 

@@ -94,6 +94,7 @@ class Comparison(Closing):
         with ExitStack() as stack:
             if p.reasons or any(mode.kind != "pyvmm" for mode in p.modes):
                 self._open_trace(stack)
+            stack.callback(self.close)  # first: a boot has files of the trace open
             total, number = p.repeat * len(p.modes), 0
             for repeat in range(p.repeat):
                 for mode in p.modes:
@@ -101,7 +102,7 @@ class Comparison(Closing):
                     if self._modes[mode.name]["problem"] is None:
                         self._progress(f"{number}/{total} {mode.name}, repeat {repeat + 1}")
                         self._boot(mode, repeat)
-        self._complete = not self._apart.stopped
+            self._complete = not self._apart.stopped
 
     def close(self) -> None:
         """End the guest that runs; returns when nothing of it is left. A second call does

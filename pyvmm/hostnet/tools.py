@@ -306,6 +306,7 @@ def _be_runner(
         if lib.pv_follow_parent(parent):
             os._exit(status)
         helper.withdraw(b"pyvmm-tool")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it has no statuses
         close_all_but((channel, *places))
         until = time.monotonic() + timeout
         net, *user = places

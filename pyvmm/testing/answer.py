@@ -37,8 +37,8 @@ POINTS_LIMIT = 2 * points.POINTS_MAX
 POINTS_BYTES = points.TEXT_MAX + 12 * POINTS_LIMIT
 #: A larger report is left out: bytes of its JSON, values in it, and the depth of their nesting.
 REPORT_MAX, VALUES_MAX, DEPTH_MAX = 1 << 20, 1 << 16, 16
-#: The largest figure in a report.
-FIGURE_MAX = 1 << 62
+#: The largest figure in a report, and the smallest one besides 0.
+FIGURE_MAX, FIGURE_MIN = 1 << 62, 1e-12
 #: The parts of an answer in their order, each after its length in ``LENGTH`` bytes.
 PARTS = {
     "a verdict": VERDICT_MAX,
@@ -131,9 +131,11 @@ def decode(data: bytes) -> Answer:
 
 
 def figure(value: float) -> float:
-    """:raises BadAnswer: the figure is too large."""
+    """:raises BadAnswer: the figure is too large, or so small that what it divides is."""
     if not -FIGURE_MAX <= value <= FIGURE_MAX:
         raise BadAnswer("a figure that is too large")
+    if 0 < abs(value) < FIGURE_MIN:
+        raise BadAnswer("a figure that is too small")
     return value
 
 

@@ -158,6 +158,7 @@ def test_ctrl_c(host: Host, tmp_path: Path) -> None:
         "1",
         "--repeat",
         "1000",
+        "--reasons",  # whose files the process of the boot has open
     )
     assert child.stderr
     said = ""

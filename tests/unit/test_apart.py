@@ -105,6 +105,13 @@ def test_what_is_too_much_is_not_heard() -> None:
     assert end is not None and end.flood and end.data == bytes(heard) == b"x" * MOST
 
 
+def test_nothing_is_waited_for_after_the_end() -> None:
+    with Apart(lambda number, send: None, most=MOST, name=b"apart") as jobs:
+        jobs.close()
+        jobs.start(1, 60.0)
+        assert jobs.wait() is None
+
+
 def test_several_at_a_time() -> None:
     """Each with its own number and bytes, in the order of their ends."""
 

@@ -882,6 +882,11 @@ LIES: dict[str, tuple[list[Any], str | None, int]] = {
         "'workload' of another shape",
         0,
     ),
+    "a tiny figure": (
+        [*BEGIN, (boot.WORKLOAD, figures_of("ping", seconds=5e-324))],
+        "a figure that is too small",
+        0,
+    ),
     "an unknown fact": (
         [BEGIN[0], (boot.BOOTED, {**FACTS, "kind": "qemu"})],
         "'booted' of another shape",
@@ -956,6 +961,7 @@ def test_a_hostile_process(
     assert document["modes"][0]["problem"] is None and document["modes"][0]["kind"] == "pyvmm"
     assert schema.check(document) == "" and "\x1b" not in "".join(said)
     assert "\x1b" not in html.page(document)
+    json.dumps(document, allow_nan=False)
 
 
 @pytest.mark.parametrize(
