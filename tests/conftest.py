@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logfinish(nodeid: str) -> None:
     """Forget what is not running any more."""
     _running.pop(nodeid, None)
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """As ``tmp_path``, but others may enter it, whatever other pytest starts meanwhile."""
+    from tests.strangers import open_directory
+
+    with open_directory() as directory:
+        yield directory
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

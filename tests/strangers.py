@@ -41,14 +41,3 @@ def open_directory() -> Iterator[Path]:
         directory = Path(name)
         directory.chmod(0o755)
         yield directory
-
-
-def let_in(directory: Path) -> None:
-    """Let anybody into a directory of pytest's, which makes them, and all of a worker's (pytest -n)
-    above them, for their owner alone.
-    """
-    top = Path(tempfile.gettempdir())
-    for one in (directory, *directory.parents):
-        if one == top or not one.is_relative_to(top):
-            break
-        one.chmod(one.stat().st_mode | 0o055)

@@ -11,7 +11,6 @@ import pytest
 from pyvmm.host import qcow2
 from pyvmm.images import find
 from tests.boot.guest import Run
-from tests.strangers import let_in
 from tests.unit.test_disk import with_backing
 
 if TYPE_CHECKING:
@@ -46,18 +45,18 @@ def daemons(host: Host) -> dict[str, str]:
     return {size: pid for pid, size in (line.split() for line in lines)}
 
 
-def test_disks_and_a_daemon_that_dies(host: Host, tmp_path: Path) -> None:
-    one, two, three = tmp_path / "a,b.raw", tmp_path / "two.qcow2", tmp_path / "three"
+def test_disks_and_a_daemon_that_dies(host: Host, open_path: Path) -> None:
+    one, two, three = open_path / "a,b.raw", open_path / "two.qcow2", open_path / "three"
     one.touch()
     one.open("r+b").truncate(8 * MIB)
-    base = tmp_path / "base"
+    base = open_path / "base"
     base.write_bytes(b"based".rjust(16 * MIB, b"\0"))
     above_base = bytearray(qcow2.empty(16 * MIB))
     with_backing(b"base", b"raw")(above_base)
     two.write_bytes(above_base)
     three.write_bytes(b"three".ljust(4 * MIB, b"\0"))
     before = two.read_bytes()
-    verdict = tmp_path / "verdict"
+    verdict = open_path / "verdict"
     disks = (
         str(one).replace(",", ",,"),
         f"{two},snapshot=on,backing=on",
@@ -86,9 +85,8 @@ def test_disks_and_a_daemon_that_dies(host: Host, tmp_path: Path) -> None:
     # What the guest has written is there in the next run, of an ordinary user.
     host.sh("chmod 666 /dev/kvm")
     one.chmod(0o666)
-    let_in(tmp_path)
     image = find("default")  # in the home directory of another user
-    boot = [tmp_path / "kernel", tmp_path / "initrd"]
+    boot = [open_path / "kernel", open_path / "initrd"]
     for source, path in zip((image.bzimage, image.initrd), boot, strict=True):
         shutil.copyfile(source, path)
         path.chmod(0o644)

@@ -13,7 +13,6 @@ import pytest
 
 from pyvmm.images import find
 from tests.boot.guest import PATIENCE, PYVMM
-from tests.strangers import let_in
 
 if TYPE_CHECKING:
     from tests.boot.guest import Host
@@ -48,14 +47,13 @@ def readable_by_all(directory: Path) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["user", "emulated,internet=on", "vhost-net,internet=on"])
-def test_a_way_out(host: Host, tmp_path: Path, mode: str) -> None:
+def test_a_way_out(host: Host, open_path: Path, mode: str) -> None:
     """Names, UDP, TCP with data both ways, and a port of the host that leads into the guest."""
     if not (Path(__file__).stat().st_mode & 0o4 and readable_by_all(Path(__file__).parents[2])):
         pytest.skip("others may not read this checkout")
     outside = Path(__file__).with_name("outside.py")
-    let_in(tmp_path)
-    shutil.copytree(find("default").directory, tmp_path / "cache/pyvmm/images/default")
-    log, resolv = tmp_path / "log", tmp_path / "resolv.conf"
+    shutil.copytree(find("default").directory, open_path / "cache/pyvmm/images/default")
+    log, resolv = open_path / "log", open_path / "resolv.conf"
     resolv.write_text("nameserver 127.0.0.1\n")
     net = f"{mode},hostfwd={FORWARDED}-22"
     run = [*PYVMM, "run", "--host", "local", "--net", net, "--", "sh", "-c", SCRIPT]
@@ -65,8 +63,8 @@ def test_a_way_out(host: Host, tmp_path: Path, mode: str) -> None:
         trap 'kill $servers' EXIT
         until grep -q ready {log}; do sleep 0.1; done
         mount --bind {resolv} /etc/resolv.conf
-        chmod a+rw /dev/kvm /dev/vhost-net /dev/net/tun; chmod -R a+rX {tmp_path}/cache
-        export HOME=/nowhere XDG_CACHE_HOME={tmp_path}/cache
+        chmod a+rw /dev/kvm /dev/vhost-net /dev/net/tun; chmod -R a+rX {open_path}/cache
+        export HOME=/nowhere XDG_CACHE_HOME={open_path}/cache
         {shlex.join(["setpriv", *ids, *run])}
         status=$?
         [ $status != 0 ] || until grep -q forwarded {log}; do sleep 0.1; done

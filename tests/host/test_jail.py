@@ -31,7 +31,7 @@ from tests.host.taps import own_tap
 from tests.host.test_confined import status_of, threads
 from tests.host.test_sandbox import ask, busy, running
 from tests.inject import EXECVE
-from tests.strangers import BECOME, let_in, need_readable_checkout, open_directory
+from tests.strangers import BECOME, need_readable_checkout, open_directory
 from tests.unit.test_disk import qcow2_image, raw_image, with_backing
 
 ROOT = Path(__file__).parents[2]
@@ -1249,11 +1249,10 @@ def test_no_vdpa_device(guest: Guest, device: str, why: str) -> None:
     assert why in done.stderr, done
 
 
-def test_only_root(guest: Guest, tmp_path: Path) -> None:
+def test_only_root(guest: Guest, open_path: Path) -> None:
     need_readable_checkout()
-    let_in(tmp_path)
     argv = [*BECOME, *PYVMM, "run", "--host", "local", *OPTION, *hello(guest)]
-    env = {**os.environ, "HOME": str(tmp_path), "XDG_RUNTIME_DIR": ""}
+    env = {**os.environ, "HOME": str(open_path), "XDG_RUNTIME_DIR": ""}
     done = subprocess.run(
         argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env
     )

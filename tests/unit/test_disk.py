@@ -34,7 +34,7 @@ from pyvmm.testing.judge import judge
 from pyvmm.virtio.dead_disk import DeadDisk
 from tests.descriptors import open_fds
 from tests.driver import Events, Ring, wait_for
-from tests.strangers import BECOME, let_in, need_readable_checkout
+from tests.strangers import BECOME, need_readable_checkout
 from tests.unit.test_vhost_user import no_leak
 from tests.unit.test_vu_any import Guest
 
@@ -237,12 +237,11 @@ def test_a_command_looks_at_an_image_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert first is second and looks == [str(image)]
 
 
-def test_an_image_that_may_not_be_written_names_the_way_out(tmp_path: Path) -> None:
+def test_an_image_that_may_not_be_written_names_the_way_out(open_path: Path) -> None:
     need_readable_checkout()
     script = "import sys; from pyvmm.diskopt import Disk; Disk(sys.argv[1])"
-    image = raw_image(tmp_path / "a.raw")
+    image = raw_image(open_path / "a.raw")
     image.chmod(0o444)
-    let_in(tmp_path)
     drop = BECOME if not os.geteuid() else []
     done = subprocess.run(
         [*drop, sys.executable, "-c", script, str(image)],

@@ -11,7 +11,7 @@ import pytest
 
 from pyvmm.errors import HostError
 from pyvmm.host import paths, qemu
-from tests.strangers import BECOME, let_in, need_readable_checkout
+from tests.strangers import BECOME, need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -19,10 +19,10 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files 
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def cache(open_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(open_path))
     monkeypatch.delenv("PYVMM_IN_TESTBED", raising=False)
-    made = tmp_path / "pyvmm"
+    made = open_path / "pyvmm"
     made.mkdir(0o755)
     return made
 
@@ -89,7 +89,6 @@ def test_another_user_s(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @root_only
 def test_root_s_cache_is_good_for_others(cache: Path) -> None:
     need_readable_checkout()
-    let_in(cache)
     code = "from pyvmm.host.paths import cache_root; print(cache_root())"
     done = subprocess.run(
         [*BECOME, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
