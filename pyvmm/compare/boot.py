@@ -219,17 +219,6 @@ def figures(
     }
 
 
-def outcome(done: dict[str, Any]) -> str:
-    """A workload's figures in one line of progress."""
-    if done["error"]:
-        return f"{done['name']} failed: {done['error']}"
-    words = [f"{done['user_exits']} exits to userspace"] if done["user_exits"] is not None else []
-    for key, unit in (("throughput_mbit_s", "Mbit/s"), ("rtt_ms", "ms")):
-        if done[key] is not None:
-            words.insert(0, f"{done[key]:g} {unit}")
-    return f"{done['name']}: {', '.join(words)}"
-
-
 def read_result(name: str, text: str) -> dict[str, float | None]:
     """The figures of a workload, from what its tool printed.
 

@@ -131,7 +131,7 @@ def decode(data: bytes) -> Answer:
 
 
 def figure(value: float) -> float:
-    """:raises BadAnswer: the figure is too large, or so small that what it divides is."""
+    """:raises BadAnswer: the figure is too large, or too small to divide by."""
     if not -FIGURE_MAX <= value <= FIGURE_MAX:
         raise BadAnswer("a figure that is too large")
     if 0 < abs(value) < FIGURE_MIN:
